@@ -88,13 +88,21 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """The op as users call it: checked, cast under autocast, served by the chosen backend."""
-        first: Tensor = args[0]
-        if torch.is_autocast_enabled(first.device.type) and first.dtype != torch.float64:
-            args = self._autocast(args, torch.get_autocast_dtype(first.device.type))
-            first = args[0]
+        device, dtype = args[0].device.type, args[0].dtype
+        # Not every device type, meta for one, may be asked whether autocast is enabled.
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return self._serve(args)
+        if dtype != torch.float64:
+            args = self._autocast(args, torch.get_autocast_dtype(device))
+        # The arguments have their dtypes now; inside the reference autocast would cast gates and means once more.
+        with torch.autocast(device, enabled=False):
+            return self._serve(args)
+
+    def _serve(self, args: tuple) -> Any:
         self._check_types(args)
         self._check(*args)
-        backend = choose(self.name, self.backends, first.device, args[self._inputs.index(self._narrow[0])].dtype)
+        lead: Tensor = args[self._inputs.index(self._narrow[0])]
+        backend = choose(self.name, self.backends, lead.device, lead.dtype)
         if backend == "reference":
             return self.reference(*args)
         outputs = self._forward_op(*args, backend)
@@ -136,7 +144,7 @@ class Operator:
         return outputs[0] if len(self._outputs) == 1 else tuple(outputs)
 
     def _kernel(self, backend: str) -> Backend:
-        kernel = self.backends[backend]
+        kernel = self.backends.get(backend, "there is no such backend")
         if isinstance(kernel, str):
             raise RuntimeError(f"mra::{self.name} on backend {backend}: {kernel}")
         return kernel
@@ -177,8 +185,12 @@ class Operator:
             for name, output in zip(self._outputs, outputs, strict=False)
             if named.get(f"grad_{name}") is not None and output.requires_grad
         ]
-        grads = torch.autograd.grad(
-            [o for o, _ in pairs], [leaves[n] for n in wanted], [g for _, g in pairs], allow_unused=True
+        grads = (
+            torch.autograd.grad(
+                [o for o, _ in pairs], [leaves[n] for n in wanted], [g for _, g in pairs], allow_unused=True
+            )
+            if wanted
+            else ()
         )
         found = dict(zip(wanted, grads, strict=True))
         lead = named[self._differentiable[0]]
@@ -222,6 +234,7 @@ class Operator:
         ctx.tensor_names = [name for name, value in kept.items() if isinstance(value, Tensor)]
         ctx.constants = {name: value for name, value in kept.items() if not isinstance(value, Tensor)}
         ctx.save_for_backward(*(kept[name] for name in ctx.tensor_names))
+        ctx.mark_non_differentiable(*outputs[self._public :])
 
     def _differentiate(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple:
         named = dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True)) | ctx.constants

@@ -1,5 +1,7 @@
 """`linear_gelu`: a linear layer with GELU, and optionally a weighted mean of its output per picture."""
 
+import math
+
 from torch import Tensor
 
 from mra_kernels.ops._operator import Operator, accumulator_dtype, check_shape
@@ -42,7 +44,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None)
     if mean_weights is not None:
         if x.dim() < 3:
             raise ValueError(f"{op}: mean_weights need positions: x must be [B, L, K], but has shape {tuple(x.shape)}")
-        check_shape(op, "mean_weights", mean_weights, (x[0, ..., 0].numel(),))
+        check_shape(op, "mean_weights", mean_weights, (math.prod(x.shape[1:-1]),))
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,4 +13,4 @@ def linear_gelu(
     if mean_weights is None:
         return y
     wide = torch.promote_types(y.dtype, torch.float32)
-    return y, torch.einsum("bln,l->bn", y.flatten(1, -2).to(wide), mean_weights)
+    return y, torch.einsum("bln,l->bn", y.flatten(1, -2).to(wide), mean_weights.detach())
