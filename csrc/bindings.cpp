@@ -66,9 +66,9 @@ void depthwise_conv_norm_backward(uintptr_t grad_y, uintptr_t x, uintptr_t weigh
 void gated_resample_add_forward(uintptr_t low, uintptr_t high, uintptr_t gate, uintptr_t y, int64_t batch,
                                 int64_t height, int64_t width, int64_t channels, int64_t high_height,
                                 int64_t high_width, int dtype, int device, uintptr_t stream, int threads) {
-  mra::GatedResampleAddForward arguments{pointer(low), pointer(high), pointer<float>(gate), pointer(y), batch, height,
-                                         width, channels, high_height, high_width, dtype_of(dtype), threads,
-                                         pointer(stream)};
+  mra::GatedResampleAddForward arguments{
+      pointer(low), pointer(high), pointer<float>(gate), pointer(y),      batch,   height,         width,
+      channels,     high_height,   high_width,           dtype_of(dtype), threads, pointer(stream)};
   if (device < 0) {
     cpu_dtype_of(dtype);
     mra::cpu::gated_resample_add_forward(arguments);
@@ -85,9 +85,20 @@ void gated_resample_add_backward(uintptr_t grad_y, uintptr_t high, uintptr_t gat
                                  uintptr_t grad_gate, uintptr_t partial, int64_t batch, int64_t height, int64_t width,
                                  int64_t channels, int64_t high_height, int64_t high_width, int dtype, int device,
                                  uintptr_t stream, int threads) {
-  mra::GatedResampleAddBackward arguments{pointer(grad_y), pointer(high), pointer<float>(gate), pointer(grad_high),
-                                          pointer<float>(grad_gate), pointer<float>(partial), batch, height, width,
-                                          channels, high_height, high_width, dtype_of(dtype), threads,
+  mra::GatedResampleAddBackward arguments{pointer(grad_y),
+                                          pointer(high),
+                                          pointer<float>(gate),
+                                          pointer(grad_high),
+                                          pointer<float>(grad_gate),
+                                          pointer<float>(partial),
+                                          batch,
+                                          height,
+                                          width,
+                                          channels,
+                                          high_height,
+                                          high_width,
+                                          dtype_of(dtype),
+                                          threads,
                                           pointer(stream)};
   if (device < 0) {
     cpu_dtype_of(dtype);
@@ -107,6 +118,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of mra_kernels; call them through mra_kernels.ops.";
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("build_info", build_info);
+  m.def("select_instruction_set", mra::cpu::select_instruction_set);
   m.def("depthwise_conv_norm_forward", depthwise_conv_norm_forward, unlocked);
   m.def("depthwise_conv_norm_backward", depthwise_conv_norm_backward, unlocked);
   m.def("gated_resample_add_forward", gated_resample_add_forward, unlocked);

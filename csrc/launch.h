@@ -70,6 +70,8 @@ struct GatedResampleAddBackward {
 namespace cpu {
 // The instruction set that the kernels below run with: "avx512", "avx2" or "baseline".
 const char* instruction_set();
+// Runs them with another one, for tests. Throws std::invalid_argument where the processor does not have it.
+void select_instruction_set(const char* name);
 
 void depthwise_conv_norm_forward(const DepthwiseConvNormForward&);
 void depthwise_conv_norm_backward(const DepthwiseConvNormBackward&);

@@ -30,8 +30,8 @@ class DeviceGuard {
 
 }  // namespace mra::cuda
 
-#define MRA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)              \
-  do {                                                                          \
-    kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__);                 \
-    ::mra::cuda::check(cudaGetLastError(), "launch of " #kernel);               \
+#define MRA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  do {                                                             \
+    kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__);    \
+    ::mra::cuda::check(cudaGetLastError(), "launch of " #kernel);  \
   } while (0)

@@ -1,8 +1,9 @@
 // Depthwise 7x7 convolution over a channels-last map, by tiles of 8x8 outputs and one vector of channels at a time.
 //
-// The 14x14 inputs of a tile are first copied to a patch of floats in the first-level cache: that widens them once, puts
-// zeros outside the map, and undoes the stride of C elements, which would crowd them into a few cache sets. From there
-// a row of taps costs 14 + 7 loads for 56 multiply-adds into 8 accumulators that stay in registers over all seven rows.
+// The 14x14 inputs of a tile are first copied to a patch of floats in the first-level cache: that widens them once,
+// puts zeros outside the map, and undoes the stride of C elements, which would crowd them into a few cache sets. From
+// there a row of taps costs 14 + 7 loads for 56 multiply-adds into 8 accumulators that stay in registers over all seven
+// rows.
 #pragma once
 
 #include "cpu/vector.h"

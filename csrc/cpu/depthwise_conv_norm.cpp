@@ -129,8 +129,8 @@ void conv_output_gradient(const DepthwiseConvNormBackward& a, int64_t tasks, T* 
     for (int64_t i = 0; i < tile.rows * kTile; ++i) {
       if (i % kTile >= tile.columns) continue;
       const int64_t pixel = (tile.b * a.height + tile.y + i / kTile) * a.width + tile.x + i % kTile;
-      norm_backward(static_cast<const T*>(a.grad_y) + pixel * a.channels, conv + i * padded, scale.get(),
-                    a.mean[pixel], a.rstd[pixel], a.channels, sums, grad_conv + pixel * a.channels);
+      norm_backward(static_cast<const T*>(a.grad_y) + pixel * a.channels, conv + i * padded, scale.get(), a.mean[pixel],
+                    a.rstd[pixel], a.channels, sums, grad_conv + pixel * a.channels);
     }
   });
 }

@@ -19,10 +19,14 @@ struct High {
   float scale_y, scale_x;
 
   High(const void* high, int64_t h, int64_t w, int64_t c, int64_t low_height, int64_t low_width)
-      : data(static_cast<const T*>(high)), height(h), width(w), channels(c),
+      : data(static_cast<const T*>(high)),
+        height(h),
+        width(w),
+        channels(c),
         window_y(h % low_height == 0 && w % low_width == 0 ? h / low_height : 0),
         window_x(window_y != 0 ? w / low_width : 0),
-        scale_y(bilinear_scale(h, low_height)), scale_x(bilinear_scale(w, low_width)) {}
+        scale_y(bilinear_scale(h, low_height)),
+        scale_x(bilinear_scale(w, low_width)) {}
 
   const T* pixel(int64_t b, int64_t y, int64_t x) const { return data + ((b * height + y) * width + x) * channels; }
 
@@ -87,7 +91,8 @@ void pooled_gradient(const GatedResampleAddBackward& a, const High<T>& high, int
 
 // The same where `high` is resized bilinearly: gathers from the pixels that read it.
 template <class T>
-void bilinear_gradient(const GatedResampleAddBackward& a, const High<T>& high, int64_t b, int64_t y, int64_t x, T* out) {
+void bilinear_gradient(const GatedResampleAddBackward& a, const High<T>& high, int64_t b, int64_t y, int64_t x,
+                       T* out) {
   const Range rows = bilinear_readers(y, a.height, high.scale_y), columns = bilinear_readers(x, a.width, high.scale_x);
   for (int64_t c = 0; c < a.channels; c += kLanes) {
     Floats total = {};

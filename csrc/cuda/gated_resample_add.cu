@@ -1,10 +1,9 @@
 // Host side of gated_resample_add: picks element type, mode and access width, then launches.
-#include "cuda/gated_resample_add.cuh"
-
 #include <algorithm>
 #include <type_traits>
 
 #include "common/launch_cuda.h"
+#include "cuda/gated_resample_add.cuh"
 
 namespace mra::cuda {
 namespace {
@@ -68,8 +67,8 @@ void backward(const GatedResampleAddBackward& a) {
   if (a.grad_gate != nullptr) {
     MRA_LAUNCH((gated_resample_add_gate_partial_kernel<T, kMode, kCount>), static_cast<unsigned>(a.batch * a.height),
                kThreads, 0, stream, grad_y, high, a.partial, a.height, static_cast<uint32_t>(a.width), vectors);
-    MRA_LAUNCH(gated_resample_add_gate_kernel<kThreads>, static_cast<unsigned>(a.batch), kThreads, 0, stream,
-               a.partial, a.grad_gate, a.height);
+    MRA_LAUNCH(gated_resample_add_gate_kernel<kThreads>, static_cast<unsigned>(a.batch), kThreads, 0, stream, a.partial,
+               a.grad_gate, a.height);
   }
 }
 

@@ -55,10 +55,9 @@ struct High {
 
 // Grid: x covers a row's W * C / kCount vectors, y strides over the B * H rows.
 template <class T, Mode kMode, int kCount>
-__global__ void __launch_bounds__(kThreads) gated_resample_add_kernel(const T* __restrict__ low, High<T> high,
-                                                                      const float* __restrict__ gate,
-                                                                      T* __restrict__ y, int64_t rows, int64_t height,
-                                                                      uint32_t width, uint32_t vectors) {
+__global__ void __launch_bounds__(kThreads)
+    gated_resample_add_kernel(const T* __restrict__ low, High<T> high, const float* __restrict__ gate,
+                              T* __restrict__ y, int64_t rows, int64_t height, uint32_t width, uint32_t vectors) {
   const uint32_t i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= width * vectors) return;
   const uint32_t x = i / vectors, c = i % vectors * kCount;

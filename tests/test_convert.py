@@ -1,0 +1,392 @@
+"""Conversion of original checkpoints: equal to the authors' code in every golden result, and back bit by bit."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints import (
+    DATA,
+    GOLDEN,
+    Tensors,
+    add_tokenizer,
+    arch_of,
+    read_checkpoint,
+    store_bin,
+    store_bin_shards,
+    store_old_bin,
+    store_safetensors_shards,
+    with_vocabulary,
+    write_checkpoint,
+)
+from golden_model import IGNORED, PROMPT_LENGTH, Golden, golden_pixels
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+import mra_kernels
+from mra_kernels.testing import relative_error
+from mra_model import PRESETS, MraVisionConfig
+from mra_model.configuration_mra import convnext_xxlarge
+from mra_model.convert import convert, export, keys
+from mra_model.convert import folder as folder_module
+from mra_model.convert.original_config import is_released_size, original_config
+from mra_model.convert.sizes import text_config, towers_from_names
+from mra_model.images import load_image
+from mra_model.memory import build_empty
+from mra_model.presets import llava_config
+
+FEATURES = 1e-4
+GRADIENTS = 1e-3
+VOCABULARY = 128
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a golden checkpoint in the transformers format, converted once."""
+    root = tmp_path_factory.mktemp("converted")
+
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            convert(DATA / name, root / name, arch=arch_of(name))
+        return root / name
+
+    return folder
+
+
+def load(folder: Path) -> LlavaForConditionalGeneration:
+    return AutoModelForImageTextToText.from_pretrained(folder).eval()
+
+
+@dataclass
+class Run:
+    """One golden checkpoint through one backend."""
+
+    golden: Golden
+    backend: str
+    model: LlavaForConditionalGeneration
+    pixels: Tensor
+
+    def expand(self, name: str, fill: int) -> Tensor:
+        return self.golden.expand(name, fill, self.model.config.image_seq_length)
+
+    @property
+    def image_token(self) -> int:
+        return self.model.config.image_token_index
+
+    def logits(self) -> Tensor:
+        """Over the original vocabulary, because the row for `<image>` is no class: [2, L, V]."""
+        out = self.model(
+            input_ids=self.expand("input_ids", self.image_token),
+            attention_mask=self.expand("attention_mask", 1),
+            pixel_values=self.pixels,
+        )
+        return out.logits[..., :VOCABULARY]
+
+
+class TestGolden:
+    """What the authors' code computes, from their checkpoint to ours."""
+
+    @pytest.fixture(scope="class", params=[(name, backend) for name in GOLDEN for backend in ("reference", "auto")])
+    def run(self, request: pytest.FixtureRequest, converted: Callable[[str], Path]) -> Iterator[Run]:
+        name, backend = request.param
+        model = load(converted(name))
+        with mra_kernels.use_backend(backend):
+            yield Run(Golden(name), backend, model, golden_pixels(model.config.vision_config.image_size))
+
+    @torch.no_grad()
+    def test_features(self, run: Run) -> None:
+        features = run.model.model.vision_tower(run.pixels).last_hidden_state
+        projected = run.model.model.multi_modal_projector(features)
+        assert relative_error(features, run.golden.expected["vision_features"]) < FEATURES
+        assert relative_error(projected, run.golden.expected["projected"]) < FEATURES
+
+    def test_logits_loss_and_gradients(self, run: Run) -> None:
+        run.model.zero_grad()
+        logits = run.logits()
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), run.expand("labels", IGNORED)[:, 1:].flatten())
+        loss.backward()
+        expected = run.golden.expected
+        assert relative_error(logits[:, expected["logit_positions"]], expected["logits"]) < FEATURES
+        assert loss.item() == pytest.approx(expected["loss"].item(), rel=FEATURES)
+        self.check_gradients(run)
+
+    def check_gradients(self, run: Run) -> None:
+        norms = {}
+        for name, parameter in run.model.named_parameters():
+            renamed = keys.to_authors(name)
+            assert renamed is not None
+            norms[renamed.key] = parameter.grad.norm().item() if parameter.grad is not None else 0.0
+        for key, expected in run.golden.grad_norms.items():
+            if key == keys.CLASS_TOKEN:
+                assert expected == 0
+            elif key.startswith(keys.LOW) and key.endswith("k_proj.bias"):
+                # Zero but for rounding: a shift that all keys share cancels in the softmax.
+                assert max(norms[key], expected) < GRADIENTS * norms[key.replace("k_proj", "v_proj")]
+            else:
+                assert norms[key] == pytest.approx(expected, rel=GRADIENTS), key
+
+    def test_greedy_tokens(self, run: Run) -> None:
+        tokens = run.model.config.image_seq_length
+        prompt = run.expand("input_ids", run.image_token)[:1, : PROMPT_LENGTH - 1 + tokens]
+        # Golden decoding goes on after an end of sequence.
+        run.model.generation_config.eos_token_id = None
+        generated = run.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            pixel_values=run.pixels[:1],
+            max_new_tokens=len(run.golden.expected["generated"]),
+            do_sample=False,
+        )
+        assert generated[0, prompt.shape[1] :].tolist() == run.golden.expected["generated"].tolist()
+
+
+class TestFormats:
+    """Weights as people have them on disk."""
+
+    @pytest.mark.parametrize("store", [store_safetensors_shards, store_bin, store_old_bin, store_bin_shards])
+    def test_every_format_gives_the_same_file(
+        self, store: Callable[[Path, Tensors], None], tmp_path: Path, converted: Callable[[str], Path]
+    ) -> None:
+        source = write_checkpoint(tmp_path / "source", *read_checkpoint(GOLDEN[0]), store)
+        convert(source, tmp_path / "out", arch=arch_of(GOLDEN[0]))
+        assert_same_tensors(tmp_path / "out", converted(GOLDEN[0]))
+
+    def test_sharded_result(
+        self, tmp_path: Path, converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(folder_module, "SHARD_BYTES", 100_000)
+        lines: list[str] = []
+        convert(DATA / GOLDEN[0], tmp_path / "out", arch=arch_of(GOLDEN[0]), report=lines.append)
+        shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+        assert len(shards) == len(lines) > 5
+        assert all(shard.stat().st_size < 130_000 for shard in shards)
+        whole, sharded = load(converted(GOLDEN[0])), load(tmp_path / "out")
+        assert all(map(torch.equal, whole.state_dict().values(), sharded.state_dict().values()))
+
+    def test_dtype_of_the_result(self, tmp_path: Path, converted: Callable[[str], Path]) -> None:
+        report = convert(DATA / GOLDEN[0], tmp_path / "out", arch=arch_of(GOLDEN[0]), dtype="bfloat16")
+        expected = load_file(converted(GOLDEN[0]) / "model.safetensors")
+        for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+            assert torch.equal(value, expected[name].bfloat16()), name
+        assert load(tmp_path / "out").dtype == torch.bfloat16
+        assert any("float32 and are now bfloat16" in warning for warning in report.warnings)
+
+    def test_dtype_follows_the_source(self, tmp_path: Path) -> None:
+        config, tensors = read_checkpoint(GOLDEN[0])
+        # A language model in half precision with a projector that was trained in float32.
+        mixed = {key: value if "mm_projector" in key else value.half() for key, value in tensors.items()}
+        source = write_checkpoint(tmp_path / "source", config, mixed)
+        report = convert(source, tmp_path / "out", arch=arch_of(GOLDEN[0]))
+        assert load(tmp_path / "out").dtype == torch.float16
+        assert any(warning.startswith("4 tensors were float32") for warning in report.warnings)
+
+
+class TestReport:
+    """Every key is accounted for."""
+
+    @pytest.mark.parametrize("name", GOLDEN)
+    def test_every_key_is_renamed_or_ignored(self, name: str, tmp_path: Path) -> None:
+        report = convert(DATA / name, tmp_path / "out", arch=arch_of(name))
+        _, tensors = read_checkpoint(name)
+        assert set(tensors) == set(report.renamed) | (set(report.ignored) - {f"{keys.POSITIONS}[0]"})
+        assert set(report.renamed.values()) == set(load_file(tmp_path / "out" / "model.safetensors"))
+        assert not set(report.renamed) & set(report.ignored)
+        assert all(report.ignored.values())
+        assert any("no tokenizer" in warning for warning in report.warnings)
+        assert (f"{keys.ADAPTERS}*" in report.missing) == name.endswith("noadapter")
+
+    def test_keys_beside_the_golden_ones(self, tmp_path: Path, converted: Callable[[str], Path]) -> None:
+        """Older transformers saved the position ids; timm calls the layer scale gamma."""
+        config, tensors = read_checkpoint(GOLDEN[0])
+        blocks = keys.HIGH + "stages."
+        tensors = {
+            key.removesuffix("weight") + "gamma" if key.startswith(blocks) and value.dim() == 1 and scale(key) else key: value
+            for key, value in tensors.items()
+        }
+        assert sum(key.endswith(".gamma") for key in tensors) == 5
+        tensors[keys.LOW + "embeddings.position_ids"] = torch.arange(577)[None]
+        source = write_checkpoint(tmp_path / "source", config, tensors)
+        report = convert(source, tmp_path / "out", arch=arch_of(GOLDEN[0]))
+        assert keys.LOW + "embeddings.position_ids" in report.ignored
+        assert_same_tensors(tmp_path / "out", converted(GOLDEN[0]))
+
+    @pytest.mark.parametrize(("name", "says"), [(GOLDEN[0], "hold them"), (GOLDEN[2], "have none")])
+    def test_config_that_disagrees_about_adapters(self, name: str, says: str, tmp_path: Path) -> None:
+        config, tensors = read_checkpoint(name)
+        config["freeze_vision"] = not config["freeze_vision"]
+        report = convert(write_checkpoint(tmp_path / "source", config, tensors), tmp_path / "out", arch=arch_of(name))
+        assert any("freeze_vision" in warning and says in warning for warning in report.warnings)
+        assert load(tmp_path / "out").config.vision_config.adapters == (says == "hold them")
+
+
+def scale(key: str) -> bool:
+    return key.split(".")[-2].isdigit() and ".blocks." in key
+
+
+class TestImageToken:
+    """The row appended for `<image>`."""
+
+    def test_rows(self, converted: Callable[[str], Path]) -> None:
+        model, (_, tensors) = load(converted(GOLDEN[0])), read_checkpoint(GOLDEN[0])
+        assert model.config.image_token_index == VOCABULARY
+        assert torch.equal(model.lm_head.weight[:-1], tensors["lm_head.weight"])
+        assert torch.equal(model.get_input_embeddings().weight[:-1], tensors["model.embed_tokens.weight"])
+        assert model.lm_head.weight[-1].abs().max() == 0
+
+    def test_never_generated(self, converted: Callable[[str], Path]) -> None:
+        model = load(converted(GOLDEN[0]))
+        # All logits negative but that of `<image>`, which is zero.
+        prompt = torch.tensor([[1, 9, 60]])
+        with torch.no_grad():
+            model.model.language_model.norm.weight.fill_(1.0)
+            hidden = model.model.language_model(prompt).last_hidden_state[0, -1]
+            model.lm_head.weight[:-1] = -hidden / hidden.norm()
+            assert model(prompt).logits[0, -1].argmax() == VOCABULARY
+        generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+        assert VOCABULARY not in generated.tolist()[0]
+
+
+class TestTokenizer:
+    """Processor and tokenizer of the result."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        """A checkpoint whose vocabulary is that of the test tokenizer."""
+        config, tensors = with_vocabulary(*read_checkpoint(GOLDEN[0]), 640)
+        return write_checkpoint(tmp_path / "source", config, tensors)
+
+    @pytest.mark.parametrize("given", [False, True])
+    def test_processor(self, given: bool, source: Path, tmp_path: Path) -> None:
+        tokenizer = add_tokenizer(tmp_path / "tokenizer" if given else source)
+        report = convert(source, tmp_path / "out", arch=arch_of(GOLDEN[0]), tokenizer=tokenizer if given else None)
+        assert not report.warnings
+        model, processor = load(tmp_path / "out"), AutoProcessor.from_pretrained(tmp_path / "out")
+        assert isinstance(processor, LlavaProcessor)
+        assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index == 640
+        inputs = processor(
+            images=load_image(DATA / "llava_data" / "rocket.jpg"), text="<image>\nWhat is it?", return_tensors="pt"
+        )
+        assert (inputs.input_ids == 640).sum() == model.config.image_seq_length
+        assert model(**inputs).logits.isfinite().all()
+
+    @pytest.mark.parametrize(("ratio", "pads"), [("pad", True), ("square", False), (None, False)])
+    def test_padding(self, ratio: str | None, pads: bool, source: Path, tmp_path: Path) -> None:
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"image_aspect_ratio": ratio}))
+        add_tokenizer(source)
+        convert(source, tmp_path / "out", arch=arch_of(GOLDEN[0]))
+        assert AutoProcessor.from_pretrained(tmp_path / "out").image_processor.do_pad == pads
+        export(tmp_path / "out", tmp_path / "back")
+        exported = json.loads((tmp_path / "back" / "config.json").read_text())
+        assert exported["image_aspect_ratio"] == ("pad" if pads else "square")
+
+    def test_the_original_tokenizer_comes_back(self, source: Path, tmp_path: Path) -> None:
+        add_tokenizer(source)
+        convert(source, tmp_path / "out", arch=arch_of(GOLDEN[0]))
+        export(tmp_path / "out", tmp_path / "back")
+        assert (tmp_path / "back" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+
+    def test_warns_of_image_markers(self, source: Path, tmp_path: Path) -> None:
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"mm_use_im_start_end": True}))
+        report = convert(source, tmp_path / "out", arch=arch_of(GOLDEN[0]))
+        assert any("<im_start>" in warning for warning in report.warnings)
+
+
+class TestExport:
+    """Back to the authors' names."""
+
+    @pytest.mark.parametrize("name", GOLDEN)
+    def test_bit_equal(self, name: str, tmp_path: Path, converted: Callable[[str], Path]) -> None:
+        report = export(converted(name), tmp_path / "back")
+        config, original = read_checkpoint(name)
+        exported = load_file(tmp_path / "back" / "model.safetensors")
+        used = {key for key in original if keys.why_unused(key) is None}
+        assert set(exported) == used | {keys.CLASS_TOKEN}
+        for key in used - {keys.POSITIONS}:
+            assert torch.equal(exported[key], original[key]), key
+        assert torch.equal(exported[keys.POSITIONS][1:], original[keys.POSITIONS][1:])
+        assert exported[keys.POSITIONS][0].abs().max() == exported[keys.CLASS_TOKEN].abs().max() == 0
+        assert set(report.missing) == {keys.CLASS_TOKEN, f"{keys.POSITIONS}[0]"}
+        written = json.loads((tmp_path / "back" / "config.json").read_text())
+        same = set(config) & set(written) - {"image_aspect_ratio"}
+        assert {key: written[key] for key in same} == {key: config[key] for key in same}
+        assert same >= {"model_type", "vocab_size", "input_image_size", "freeze_vision", "mm_vision_tower", "rope_scaling"}
+
+    @pytest.mark.parametrize("name", GOLDEN)
+    def test_converts_again(self, name: str, tmp_path: Path, converted: Callable[[str], Path]) -> None:
+        export(converted(name), tmp_path / "back")
+        convert(tmp_path / "back", tmp_path / "again", arch=tmp_path / "back" / "arch.json")
+        assert_same_tensors(tmp_path / "again", converted(name))
+        for file in ("config.json", "generation_config.json"):
+            assert (tmp_path / "again" / file).read_text() == (converted(name) / file).read_text()
+
+    def test_of_a_saved_model(self, tmp_path: Path, converted: Callable[[str], Path]) -> None:
+        """`save_pretrained` writes other prefixes than the module names."""
+        model = load(converted(GOLDEN[0]))
+        model.save_pretrained(tmp_path / "saved")
+        again = load(tmp_path / "saved")
+        assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+        export(tmp_path / "saved", tmp_path / "back")
+        export(converted(GOLDEN[0]), tmp_path / "direct")
+        assert_same_tensors(tmp_path / "back", tmp_path / "direct")
+
+    def test_scaled_rope_comes_back(self, tmp_path: Path) -> None:
+        fields = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5, "vocab_size": 129}
+        text = text_config(fields, tmp_path)
+        written = original_config(llava_config(MraVisionConfig(), text), pad=True, dtype=torch.float16)
+        assert (written["rope_scaling"], written["rope_theta"]) == (fields["rope_scaling"], 5e5)
+        assert text_config(written, tmp_path).rope_parameters == text.rope_parameters
+
+
+class TestReleasedSizes:
+    """The two released models, without their weights."""
+
+    NAMES = (
+        ("convnext_large_mlp.clip_laion2b_ft_320", [192, 384, 768, 1536], [3, 3, 27, 3], 1e-6),
+        ("convnext_xxlarge.clip_laion2b_soup", [384, 768, 1536, 3072], [3, 4, 30, 3], 1e-5),
+    )
+
+    @pytest.mark.parametrize(("name", "dims", "depths", "eps"), NAMES)
+    @pytest.mark.parametrize("prefix", ["", "./checkpoints/"])
+    def test_tower_names(self, prefix: str, name: str, dims: list[int], depths: list[int], eps: float) -> None:
+        config = {"mm_vision_tower": prefix + "openai/clip-vit-large-patch14-336", "vision_tower_slow": prefix + name}
+        towers = towers_from_names(config, Path("config.json"))
+        high, low = towers.high, towers.low
+        assert (list(high.hidden_sizes), list(high.depths), high.layer_norm_eps) == (dims, depths, eps)
+        assert (low.hidden_size, low.num_hidden_layers, low.num_attention_heads) == (1024, 24, 16)
+        assert (low.intermediate_size, low.image_size, low.patch_size) == (4096, 336, 14)
+
+    @pytest.mark.parametrize("preset", ["llava-hr-7b", "llava-hr-x-13b"])
+    def test_every_parameter_has_a_name_and_a_layout_both_ways(self, preset: str) -> None:
+        for name, value in build_empty(PRESETS[preset], torch.float32, "meta").state_dict().items():
+            authors = keys.to_authors(name)
+            assert authors is not None, name
+            back = keys.to_ours(authors.key)
+            assert back is not None
+            assert back.key == name
+            assert back.layout(authors.layout(value)).shape == value.shape
+
+    def test_names_of_the_towers_in_exports(self) -> None:
+        text = LlamaConfig(vocab_size=129)
+        for vision, (name, *_) in zip((MraVisionConfig(), MraVisionConfig(high_config=convnext_xxlarge())), self.NAMES, strict=True):
+            assert is_released_size(vision)
+            assert original_config(llava_config(vision, text), pad=True, dtype=torch.float16)["vision_tower_slow"] == name
+
+
+def assert_same_tensors(folder: Path, expected: Path) -> None:
+    """Both folders hold the same weights, bit by bit."""
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name

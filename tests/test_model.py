@@ -1,0 +1,380 @@
+"""The tower in its stock Llava model, on tiny random weights; parity with the authors is tested in test_convert.py."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_tiny_config
+from torch import Tensor
+from transformers import AutoModel, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+
+import mra_kernels
+from mra_model import (
+    LANGUAGE_MODEL_LORA,
+    MraVisionConfig,
+    MraVisionModel,
+    NotEnoughMemory,
+    build_model,
+    memory,
+    preset_config,
+)
+from mra_model.modeling_mra import MraAdapterLayer, MraConvNeXtBlock
+
+IMAGE = 640
+
+
+def pictures(count: int, side: int = 128, seed: int = 0) -> Tensor:
+    """[count, 3, side, side], about as a processor would normalise them."""
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(*parts: int, seed: int = 0) -> Tensor:
+    """[1, T]: for each part that many random words, with a picture of 16 tokens between two parts."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [torch.tensor([1])]
+    for index, words in enumerate(parts):
+        pieces += [torch.full((16,), IMAGE)] if index else []
+        pieces += [torch.randint(3, IMAGE, (words,), generator=generator)]
+    return torch.cat(pieces)[None]
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Error of `actual` as a part of the size of `expected`."""
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """[B, L, C]: what the tower makes of the pixels."""
+    return model.model.vision_tower(pixels).last_hidden_state
+
+
+def tower_gradients(model: LlavaForConditionalGeneration, pixels: Tensor) -> dict[str, Tensor]:
+    """The gradient of every parameter of the tower for a loss over its output."""
+    tower = model.model.vision_tower
+    tower.zero_grad()
+    weights = torch.linspace(-1, 1, tower.config.hidden_size)
+    (features(model, pixels) * weights).square().mean().backward()
+    return {name: parameter.grad for name, parameter in tower.named_parameters()}
+
+
+def assert_gradients_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, gradient in expected.items():
+        assert gradient is not None, name
+        # The softmax takes a key's bias back out: its gradient is rounding alone.
+        if not name.endswith("k_proj.bias"):
+            assert relative(actual[name], gradient) <= tolerance, name
+
+
+class TestTower:
+    def test_output(self, tiny_model) -> None:
+        output = tiny_model.model.vision_tower(pictures(2))
+        assert output.last_hidden_state.shape == (2, 16, 32)
+        assert len(output.hidden_states) == 1
+        assert output.hidden_states[0] is output.last_hidden_state
+
+    def test_empty_batch(self, tiny_model) -> None:
+        assert features(tiny_model, pictures(0)).shape == (0, 16, 32)
+
+    def test_pictures_of_a_batch_do_not_mix(self, tiny_model) -> None:
+        pixels = pictures(3)
+        with torch.no_grad():
+            together = features(tiny_model, pixels)
+            alone = torch.cat([features(tiny_model, picture[None]) for picture in pixels])
+        assert relative(together, alone) < 1e-5
+
+    @pytest.mark.parametrize("side", [32, 64, 128, 192, 256])
+    @pytest.mark.parametrize("adapters", [True, False])
+    def test_fused_equals_reference(self, side: int, adapters: bool) -> None:
+        """Sides cover a smaller, an equal and a larger grid than the stored one, and both kinds of resampling."""
+        model = build_model(make_tiny_config(adapters=adapters))
+        pixels = pictures(2, side)
+        grid = max(side // 32, 4)
+        fused, fused_grads = features(model, pixels).detach(), tower_gradients(model, pixels)
+        with mra_kernels.use_backend("reference"):
+            expected, expected_grads = features(model, pixels).detach(), tower_gradients(model, pixels)
+        assert fused.shape == (2, grid * grid, 32)
+        assert relative(fused, expected) < 1e-5
+        assert_gradients_close(fused_grads, expected_grads, 1e-4)
+
+    def test_low_resolution_size_pools_the_high_resolution_map(self) -> None:
+        pooled = build_model(make_tiny_config(image_size=256, low_resolution_size=56))
+        plain = build_model(make_tiny_config(image_size=256))
+        pixels = pictures(2, 256)
+        fused, fused_grads = features(pooled, pixels).detach(), tower_gradients(pooled, pixels)
+        with mra_kernels.use_backend("reference"):
+            expected, expected_grads = features(pooled, pixels).detach(), tower_gradients(pooled, pixels)
+        assert fused.shape == (2, 16, 32)
+        assert features(plain, pixels).shape == (2, 64, 32)
+        assert relative(fused, expected) < 1e-5
+        assert_gradients_close(fused_grads, expected_grads, 1e-4)
+
+    def test_adapters_change_the_result(self, tiny_model) -> None:
+        """Without its weights set to zero an adapter is no identity: a test on default weights would see nothing."""
+        without = build_model(make_tiny_config(adapters=False))
+        assert not any("adapters" in name for name, _ in without.named_parameters())
+        missing = without.model.vision_tower.load_state_dict(tiny_model.model.vision_tower.state_dict(), strict=False)
+        assert missing.missing_keys == []
+        with torch.no_grad():
+            assert relative(features(without, pictures(1)), features(tiny_model, pictures(1))) > 0.05
+
+    def test_every_parameter_is_used(self, tiny_model) -> None:
+        for name, gradient in tower_gradients(tiny_model, pictures(2)).items():
+            assert gradient is not None, name
+            assert gradient.abs().max() > 0, name
+
+    def test_position_embedding_is_resized_with_antialias(self) -> None:
+        """Halving a checkerboard of +1 and -1 with antialias gives 0 in the middle of the picture."""
+        model = build_model(make_tiny_config(image_size=128, low_resolution_size=28))
+        low = model.model.vision_tower.low
+        row, column = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+        board = ((-1.0) ** (row + column)).reshape(16, 1).expand(16, 32)
+        with torch.no_grad():
+            low.position_embedding.copy_(torch.ones(16, 32))
+            constant = low.embed(pictures(1), 2)
+            low.position_embedding.copy_(torch.ones(16, 32) + board)
+            checkered = low.embed(pictures(1), 2)
+        assert relative(checkered, constant) < 0.05
+
+    @pytest.mark.parametrize(
+        ("shape", "message"),
+        [
+            ((1, 3, 160, 128), "160 x 128 are not square.*160 or 192"),
+            ((1, 3, 100, 100), "100 x 100 .* 64 and 128"),
+            ((1, 3, 96, 96), "96 x 96 .* 64 and 128"),
+            ((3, 128, 128), r"\[B, 3, S, S\].*\(3, 128, 128\)"),
+            ((1, 1, 128, 128), r"\[B, 3, S, S\]"),
+        ],
+    )
+    def test_wrong_pixels_are_refused(self, tiny_model, shape: tuple, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            features(tiny_model, torch.zeros(shape))
+
+    def test_large_and_xxlarge_parameter_counts(self) -> None:
+        """ConvNeXt-L and -XXL trunks as timm counts them (less norm and head), CLIP ViT-L/14 without unused parts."""
+        for name, trunk in (("llava-hr-7b", 196_227_264), ("llava-hr-x-13b", 843_401_472)):
+            model = build_model(name, device="meta")
+            tower = model.model.vision_tower
+            assert sum(p.numel() for p in tower.high.parameters()) == trunk
+            assert all(p.is_meta for p in model.parameters())
+            assert sum(p.numel() for p in tower.low.parameters()) == 303_505_408
+            assert tower.high.stem.eps == tower.config.high_config.layer_norm_eps
+
+
+class TestPrecision:
+    def test_bfloat16_and_autocast_stay_close(self, tiny_model) -> None:
+        pixels = pictures(2)
+        with torch.no_grad():
+            expected = features(tiny_model, pixels)
+            with torch.autocast("cpu", torch.bfloat16):
+                autocast = features(tiny_model, pixels)
+            narrow = features(tiny_model.to(torch.bfloat16), pixels)
+        assert narrow.dtype == torch.bfloat16
+        assert relative(narrow.float(), expected) < 3e-2
+        assert relative(autocast.float(), expected) < 3e-2
+
+    def test_autocast_gives_gradients_in_float32(self, tiny_model) -> None:
+        pixels = pictures(2)
+        expected = tower_gradients(tiny_model, pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = tower_gradients(tiny_model, pixels)
+        assert all(gradient.dtype == torch.float32 for gradient in actual.values())
+        assert_gradients_close(actual, expected, 0.2)
+
+    def test_the_picture_is_resized_in_float32(self, tiny_model) -> None:
+        """bfloat16 weights read a picture that was resized before it was rounded."""
+        pixels = pictures(1)
+        tower = tiny_model.to(torch.bfloat16).model.vision_tower
+        wide = torch.nn.functional.interpolate(pixels, size=(56, 56), mode="bilinear", align_corners=True)
+        with torch.no_grad():
+            rows = tower.low.patch_embedding(wide.bfloat16())
+            expected = tower.low.pre_layernorm(rows + tower.low.position_embedding)
+            assert torch.equal(tower.low.embed(pixels, 4), expected)
+
+
+class TestCheckpointing:
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_gradients_are_equal(self, tiny_model, reentrant: bool) -> None:
+        pixels = pictures(2)
+        expected = tower_gradients(tiny_model.train(), pixels)
+        checkpointed = copy.deepcopy(tiny_model).train()
+        checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert_gradients_close(tower_gradients(checkpointed, pixels), expected, 1e-6)
+
+    def test_blocks_and_adapters_are_recomputed(self, tiny_model) -> None:
+        tiny_model.train().gradient_checkpointing_enable()
+        calls: dict[str, int] = {}
+        for module in tiny_model.model.vision_tower.modules():
+            if isinstance(module, MraConvNeXtBlock | MraAdapterLayer):
+                self._count(module, calls)
+        features(tiny_model, pictures(1)).sum().backward()
+        assert set(calls.values()) == {2}
+        assert len(calls) == 5 + 3
+
+    @staticmethod
+    def _count(module: torch.nn.Module, calls: dict) -> None:
+        original = module._gradient_checkpointing_func
+
+        def counted(function, *args):
+            def once_more(*inner):
+                calls[id(module)] = calls.get(id(module), 0) + 1
+                return function(*inner)
+
+            return original(once_more, *args)
+
+        module._gradient_checkpointing_func = counted
+
+
+class TestCompile:
+    def test_fullgraph(self, tiny_model) -> None:
+        pixels = pictures(2)
+        expected, expected_grads = features(tiny_model, pixels).detach(), tower_gradients(tiny_model, pixels)
+        torch._dynamo.reset()
+        tiny_model.model.vision_tower.compile(backend="aot_eager", fullgraph=True)
+        assert relative(features(tiny_model, pixels).detach(), expected) < 1e-5
+        assert_gradients_close(tower_gradients(tiny_model, pixels), expected_grads, 1e-4)
+
+    def test_dynamic_batch(self, tiny_model) -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(tiny_model.model.vision_tower, backend="aot_eager", fullgraph=True)
+        for count in (2, 3, 5):
+            pixels = pictures(count)
+            torch._dynamo.mark_dynamic(pixels, 0)
+            with torch.no_grad():
+                actual = compiled(pixels).last_hidden_state
+                assert relative(actual, features(tiny_model, pixels)) < 1e-5
+
+    def test_export_with_a_dynamic_batch(self, tiny_model) -> None:
+        tower = tiny_model.model.vision_tower
+        program = torch.export.export(tower, (pictures(2),), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
+        pixels = pictures(3)
+        with torch.no_grad():
+            assert relative(program.module()(pixels).last_hidden_state, features(tiny_model, pixels)) < 1e-5
+
+    def test_whole_model_fullgraph(self, tiny_model) -> None:
+        inputs = {"input_ids": prompt(5, 4), "pixel_values": pictures(1)}
+        with torch.no_grad():
+            expected = tiny_model(**inputs).logits
+            torch._dynamo.reset()
+            compiled = torch.compile(tiny_model, backend="aot_eager", fullgraph=True)
+            assert relative(compiled(**inputs).logits, expected) < 1e-5
+
+
+class TestSaving:
+    def test_reload_is_bit_equal(self, tiny_model, tmp_path) -> None:
+        tiny_model.save_pretrained(tmp_path)
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        assert isinstance(loaded, LlavaForConditionalGeneration)
+        expected = tiny_model.state_dict()
+        assert loaded.state_dict().keys() == expected.keys()
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+        inputs = {"input_ids": prompt(5, 4), "pixel_values": pictures(1)}
+        with torch.no_grad():
+            assert torch.equal(loaded(**inputs).logits, tiny_model(**inputs).logits)
+        assert loaded.generation_config.suppress_tokens == [IMAGE]
+
+    def test_the_tower_alone_reloads(self, tiny_model, tmp_path) -> None:
+        tiny_model.model.vision_tower.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path)
+        assert isinstance(loaded, MraVisionModel)
+        with torch.no_grad():
+            assert torch.equal(loaded(pictures(1)).last_hidden_state, features(tiny_model, pictures(1)))
+
+    def test_missing_weights_are_initialised_and_loaded_ones_stay(self, tiny_model, tmp_path) -> None:
+        """A stage-1 checkpoint starts training with fresh adapters, whose projections are zero."""
+        kept = {k: v for k, v in tiny_model.state_dict().items() if "adapters.1" not in k and "up_weight" not in k}
+        tiny_model.save_pretrained(tmp_path, state_dict=kept)
+        loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+        assert set(report["missing_keys"]) == tiny_model.state_dict().keys() - kept.keys()
+        values = loaded.state_dict()
+        for name, value in kept.items():
+            assert torch.equal(values[name], value), name
+        fresh = loaded.model.vision_tower.adapters[1]
+        assert not fresh.low_proj_weight.any()
+        assert not fresh.high_proj_weight.any()
+        assert 0.01 < fresh.high_conv_weight.std() < 0.04
+        assert 0.01 < values["model.vision_tower.high.stages.3.blocks.0.up_weight"].std() < 0.04
+
+    @pytest.mark.parametrize("name", ["eager", "sdpa"])
+    def test_attention_choice_reaches_the_vit(self, tiny_model, tmp_path, name: str) -> None:
+        tiny_model.save_pretrained(tmp_path)
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation=name)
+        attention = loaded.model.vision_tower.low.layers[0].self_attn
+        assert attention.config._attn_implementation == name
+        with torch.no_grad():
+            assert relative(features(loaded, pictures(1)), features(tiny_model, pictures(1))) < 1e-5
+
+
+class TestBuilding:
+    def test_equal_seeds_give_equal_weights(self, tiny_config: LlavaConfig) -> None:
+        first, again, other = (build_model(tiny_config, seed=seed).state_dict() for seed in (1, 1, 2))
+        for name, value in first.items():
+            assert torch.equal(value, again[name]), name
+            assert not torch.equal(value, other[name]), name
+
+    def test_dtype_only_rounds(self, tiny_config: LlavaConfig) -> None:
+        wide, narrow = (build_model(tiny_config, dtype=dtype).state_dict() for dtype in (torch.float32, torch.bfloat16))
+        for name, value in narrow.items():
+            assert value.dtype == torch.bfloat16
+            assert torch.equal(value, wide[name].bfloat16()), name
+
+    def test_every_parameter_is_random(self, tiny_model) -> None:
+        for name, parameter in tiny_model.named_parameters():
+            if parameter.numel() > 1:
+                assert parameter.std() > 0.01, name
+            assert parameter.abs().max() > 1e-3, name
+            if name.endswith("layer_scale"):
+                assert 0.1 < parameter.mean() < 0.5, name
+
+    def test_activations_stay_near_one(self, tiny_model) -> None:
+        with torch.no_grad():
+            assert 0.3 < features(tiny_model, pictures(2)).std() < 10
+            assert 0.1 < tiny_model(prompt(6, 5), pixel_values=pictures(1)).logits.std() < 10
+
+    def test_the_global_generator_is_left_alone(self, tiny_config: LlavaConfig) -> None:
+        torch.manual_seed(3)
+        state = torch.get_rng_state()
+        build_model(tiny_config)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_presets_on_meta(self) -> None:
+        counts = {
+            name: memory.count_parameters(preset_config(name))
+            for name in ("llava-hr-7b", "llava-hr-x-13b", "llava-hr-cpu")
+        }
+        assert counts == {
+            "llava-hr-7b": 7_280_012_995,
+            "llava-hr-x-13b": 14_242_645_891,
+            "llava-hr-cpu": 524_430_275,
+        }
+
+    def test_too_large_a_model_is_refused_before_allocation(self, tiny_config: LlavaConfig, monkeypatch) -> None:
+        tiny_config.text_config.vocab_size = 2**40
+        with pytest.raises(NotEnoughMemory, match=r"GiB in torch.float32, but cpu has .*bfloat16"):
+            build_model(tiny_config)
+        tiny_config.text_config.vocab_size = 641
+        needed = memory.count_parameters(tiny_config) * 4
+        monkeypatch.setattr(memory, "available_memory", lambda device: needed - 1)
+        with pytest.raises(NotEnoughMemory):
+            build_model(tiny_config)
+        build_model(tiny_config, dtype=torch.bfloat16)
+
+    def test_available_memory_is_plausible(self) -> None:
+        assert 2**26 < memory.available_memory("cpu") < 2**50
+
+    def test_vision_config_without_arguments_is_llava_hr(self) -> None:
+        config = MraVisionConfig()
+        assert config.high_config.depths == [3, 3, 27, 3]
+        assert (config.image_size, config.adapters, config.low_config.hidden_act) == (1024, True, "quick_gelu")
+
+
+def test_lora_matches_only_the_language_model(tiny_model) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    wrapped = peft.get_peft_model(tiny_model, peft.LoraConfig(r=2, target_modules=LANGUAGE_MODEL_LORA))
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 2 * 7
+    assert all("language_model.layers." in name for name in trained)
+    wrapped(input_ids=prompt(5, 4), pixel_values=pictures(1), labels=prompt(5, 4)).loss.backward()
+    gradients = [parameter.grad for parameter in wrapped.parameters() if parameter.requires_grad]
+    # B starts at zero, so only it has a gradient in the first step.
+    assert sum(bool(gradient.any()) for gradient in gradients) == len(trained) // 2
