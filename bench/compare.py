@@ -51,16 +51,10 @@ def measure(run: Run, case: Case) -> dict[str, Result]:
     failures: dict[str, str] = {}
     for name, call in case.variants.items():
         try:
-            outputs = _as_list(call())
+            errors[name] = _errors(case.outputs, _as_list(call()), exact)
         except (RuntimeError, NotImplementedError) as error:
             # A library that refuses a shape, or has too little memory for it, is a finding about the library.
             failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        errors[name] = {
-            output: relative_error(value, truth)
-            for output, value, truth in zip(case.outputs, outputs, exact, strict=True)
-        }
-        del outputs
     del exact
     failures |= _too_wrong(case, errors)
     good: dict[str, Call] = {name: call for name, call in case.variants.items() if name not in failures}
@@ -82,6 +76,15 @@ def measure(run: Run, case: Case) -> dict[str, Result]:
         )
         run.record(results[name])
     return results
+
+
+def _errors(names: tuple[str, ...], outputs: list[Tensor], exact: list[Tensor]) -> dict[str, float]:
+    found = {}
+    for name, value, truth in zip(names, outputs, exact, strict=True):
+        if value.shape != truth.shape:
+            raise RuntimeError(f"{name} has shape {tuple(value.shape)}, but must have {tuple(truth.shape)}")
+        found[name] = relative_error(value, truth)
+    return found
 
 
 def _too_wrong(case: Case, errors: dict[str, dict[str, float]]) -> dict[str, str]:

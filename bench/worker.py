@@ -99,6 +99,9 @@ def _work(pipe: Connection, device: torch.device, rehearsal: bool, folder: Path)
             return
         try:
             step.run(run)
+            if device.type == "cuda":
+                # An error of the GPU that nobody has met yet belongs to this step, not to the next one.
+                torch.cuda.synchronize(device)
         except Exception:
             pipe.send(traceback.format_exc())
         else:

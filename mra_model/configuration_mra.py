@@ -1,6 +1,7 @@
-"""Configuration of the dual-resolution vision tower: two stock transformers configs and the sizes that follow from them."""
+"""Configuration of the dual-resolution tower: two stock transformers configs and the sizes that follow from them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from transformers import CLIPVisionConfig, ConvNextConfig, PreTrainedConfig
 
@@ -54,13 +55,17 @@ class MraVisionConfig(PreTrainedConfig):
 
     model_type = "mra_vision"
     base_config_key = "vision_config"
-    sub_configs = {"low_config": CLIPVisionConfig, "high_config": ConvNextConfig}
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {
+        "low_config": CLIPVisionConfig,
+        "high_config": ConvNextConfig,
+    }
 
     image_size: int = 1024
     low_resolution_size: int | None = None
     adapters: bool = True
-    low_config: dict | PreTrainedConfig | None = None
-    high_config: dict | PreTrainedConfig | None = None
+    # Arguments may be None or a dict; from __post_init__ on they are configs.
+    low_config: CLIPVisionConfig = None
+    high_config: ConvNextConfig = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -149,21 +154,19 @@ class MraVisionConfig(PreTrainedConfig):
         return [side for side in found if side is not None]
 
     def _check(self) -> None:
-        layers, patch = self.num_hidden_layers, self.low_config.patch_size
+        layers, trained, patch = self.num_hidden_layers, self.low_config.image_size, self.low_config.patch_size
         if layers < QUARTERS or layers % QUARTERS != 0:
             raise ValueError(
                 f"low_config.num_hidden_layers is {layers}, but must be a multiple of {QUARTERS}: "
                 f"the MR-Adapters follow its first three quarters"
             )
-        if self.low_config.image_size % patch != 0:
-            raise ValueError(
-                f"low_config.image_size is {self.low_config.image_size}, but must be a multiple of its patch_size {patch}"
-            )
+        if trained % patch != 0:
+            raise ValueError(f"low_config.image_size is {trained}, but must be a multiple of its patch_size {patch}")
         stem, widths, depths = self.high_config.patch_size, self.high_config.hidden_sizes, self.high_config.depths
         if stem != 4 or len(widths) != 4 or len(depths) != 4:
             raise ValueError(
-                f"high_config has patch_size {stem}, hidden_sizes {widths} and depths {depths}, but a ConvNeXt here has "
-                f"a stem of 4 and four stages, so that its map is {HIGH_STRIDE} times smaller than the picture"
+                f"high_config has patch_size {stem}, hidden_sizes {widths} and depths {depths}, but must have a stem "
+                f"of 4 and four stages, so that its map is {HIGH_STRIDE} times smaller than the picture"
             )
         size = self.low_resolution_size
         if size is not None and (size < patch or size % patch != 0):
@@ -174,7 +177,7 @@ class MraVisionConfig(PreTrainedConfig):
         self.check_side(self.image_size)
 
 
-def _sub_config(value: Any, kind: type[PreTrainedConfig], default: Any) -> PreTrainedConfig:
+def _sub_config(value: Any, kind: type[PreTrainedConfig], default: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
     if value is None:
         return default()
     if isinstance(value, dict):

@@ -140,7 +140,7 @@ def instruction_sets() -> list[str]:
 
 
 def nvcc() -> dict[str, str] | None:
-    """Path and version of the CUDA compiler on the PATH, in CUDA_HOME or in /usr/local/cuda; None where there is none."""
+    """Path and version of the CUDA compiler on the PATH, in CUDA_HOME or in /usr/local/cuda; None without one."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     path = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
     if path is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
@@ -18,12 +19,28 @@ from mra_model.memory import require_memory
 PROCESSOR_FILE = "processor_config.json"
 
 
+class ModelFolderError(ValueError):
+    """A folder that holds no usable model. The message names it and the remedy."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model ready to answer, and its processor; None where the folder has none."""
 
     model: LlavaForConditionalGeneration
     processor: Any | None
+
+    def require_processor(self) -> Any:
+        """The processor.
+
+        Raises:
+            ModelFolderError: there is none, so that no prompt can be read.
+        """
+        if self.processor is None:
+            raise ModelFolderError(
+                f"{self.model.name_or_path} has no processor and tokenizer; convert it again with --tokenizer FOLDER"
+            )
+        return self.processor
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Loaded:
@@ -35,8 +52,8 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch
         device: where to put them.
 
     Raises:
-        FileNotFoundError: no such folder, or one without a model.
-        ValueError: another kind of model, an original LLaVA-HR checkpoint included.
+        ModelFolderError: no such folder, another kind of model (an original LLaVA-HR checkpoint included), or weights
+            that are damaged or not all there.
         NotEnoughMemory: the weights do not fit.
     """
     path = Path(path)
@@ -44,37 +61,55 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     dtype = dtype or config.dtype or torch.float32
     require_memory(config, dtype, device)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, local_files_only=True)
+    model = _read_weights(path, dtype)
     processor = None
     if (path / PROCESSOR_FILE).is_file():
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     return Loaded(model.to(device).eval(), processor)
 
 
+def _read_weights(path: Path, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelFolderError(
+            f"{path}: the weights cannot be read ({reason}); convert or download them again"
+        ) from error
+    if info["missing_keys"]:
+        # transformers only warns, and makes the rest up.
+        names = sorted(info["missing_keys"])
+        raise ModelFolderError(
+            f"{path} lacks {len(names)} tensors, {names[0]} among them; convert or download it again"
+        )
+    return model
+
+
 def check_model_folder(path: Path) -> None:
     """Raises unless `path` holds a model with our tower in the transformers format.
 
     Raises:
-        FileNotFoundError: no such folder, or one without `config.json`.
-        ValueError: another kind of model; says what to do where it is an original LLaVA-HR checkpoint.
+        ModelFolderError: no such folder, or another kind of model; says what to do with an original checkpoint.
     """
     file = path / "config.json"
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder; give one that `mra convert` or save_pretrained wrote")
+        raise ModelFolderError(f"{path} is no folder; give one that `mra convert` or save_pretrained wrote")
     if not file.is_file():
-        raise FileNotFoundError(f"{path} has no config.json; give a folder that `mra convert` or save_pretrained wrote")
+        raise ModelFolderError(f"{path} has no config.json; give a folder that `mra convert` or save_pretrained wrote")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); convert or download the model again") from error
+        raise ModelFolderError(f"{file} is no JSON ({error}); convert or download the model again") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} holds no JSON object; convert or download the model again")
+        raise ModelFolderError(f"{file} holds no JSON object; convert or download the model again")
     vision = config.get("vision_config")
     if isinstance(vision, dict) and vision.get("model_type") == MraVisionConfig.model_type:
         return
     if "mm_vision_tower" in config:
-        raise ValueError(f"{path} is in the authors' format; convert it first: mra convert {path} DST")
-    raise ValueError(f"{file} describes a model of type {config.get('model_type')!r} without a tower of LLaVA-HR")
+        raise ModelFolderError(f"{path} is in the authors' format; convert it first: mra convert {path} DST")
+    raise ModelFolderError(f"{file} describes a model of type {config.get('model_type')!r} without a tower of LLaVA-HR")
 
 
 def chat_inputs(processor: Any, prompt: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -113,16 +148,21 @@ def generate_text(
         streamer: gets tokens as they come.
 
     Raises:
-        ValueError: the model has no processor, and so cannot read a prompt.
+        ModelFolderError: the model has no processor, and so cannot read a prompt.
     """
-    if loaded.processor is None:
-        raise ValueError(
-            "the model's folder has no processor and tokenizer; convert it again with --tokenizer FOLDER to give it them"
-        )
-    inputs = {name: value.to(loaded.model.device) for name, value in chat_inputs(loaded.processor, prompt, pictures).items()}
+    processor = loaded.require_processor()
+    inputs = {name: value.to(loaded.model.device) for name, value in chat_inputs(processor, prompt, pictures).items()}
     output = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     answer = output[0, inputs["input_ids"].shape[1] :]
-    return loaded.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+    return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
-__all__ = ["PROCESSOR_FILE", "Loaded", "chat_inputs", "check_model_folder", "generate_text", "load_model"]
+__all__ = [
+    "PROCESSOR_FILE",
+    "Loaded",
+    "ModelFolderError",
+    "chat_inputs",
+    "check_model_folder",
+    "generate_text",
+    "load_model",
+]

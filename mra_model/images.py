@@ -45,10 +45,12 @@ def load_image(source: str | PathLike[str] | bytes) -> Image.Image:
             # Pillow's own limit is only a warning; the limits here are lower and checked next.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image, name)
+        _check_size(*image.size, name)
         return _to_rgb(image, name)
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has more than {MAX_PIXELS} pixels; resize it first") from error
     except Exception as error:
         # Decoders raise almost anything on a damaged file: OSError, SyntaxError, struct.error, ValueError, ...
         raise ImageError(
@@ -75,8 +77,7 @@ def _read(source: str | PathLike[str] | bytes, name: str) -> bytes:
     return data
 
 
-def _check_size(image: Image.Image, name: str) -> None:
-    width, height = image.size
+def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_PIXELS or max(width, height) ** 2 > MAX_SQUARE:
         raise ImageError(
             f"{name} has {width} x {height} pixels; allowed are {MAX_PIXELS} in all and, padded to a square, "

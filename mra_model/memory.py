@@ -27,7 +27,8 @@ def count_parameters(config: LlavaConfig) -> int:
 def available_memory(device: torch.device | str) -> int:
     """Bytes that can be allocated on `device` now.
 
-    On a CPU: what the kernel calls available, or where it does not say all physical memory; a container's limit applies.
+    On a CPU that is what the kernel calls available, or all physical memory where it does not say, at most the
+    container's limit.
     """
     device = torch.device(device)
     if device.type == "cuda":

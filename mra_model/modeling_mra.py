@@ -4,6 +4,8 @@ It is the `vision_config` of a stock `LlavaForConditionalGeneration`. Maps are c
 memory of tokens [B, H * W, C], so that nothing is transposed between the two.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -82,7 +84,7 @@ class MraVisionPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     # The pathways exchange maps at four points, so the tower stays on one device.
-    _no_split_modules = ["MraVisionModel"]
+    _no_split_modules: ClassVar[list[str]] = ["MraVisionModel"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -150,8 +152,10 @@ class MraVisionModel(MraVisionPreTrainedModel):
         tokens = self.merge(tokens.unflatten(1, (grid, grid)), high).flatten(1, 2)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=(tokens,))
 
-    def _check_pixels(self, pixel_values: Tensor) -> int:
+    def _check_pixels(self, pixel_values: Tensor | None) -> int:
         """The side of the ViT's grid for these pixels."""
+        if pixel_values is None:
+            raise ValueError("pixel_values is None; for text alone, leave the argument out")
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.high_config.num_channels:
             raise ValueError(f"pixel_values must be [B, 3, S, S], but have shape {tuple(pixel_values.shape)}")
         height, width = pixel_values.shape[2:]

@@ -105,7 +105,7 @@ def randomize_parameters(model: nn.Module, seed: int = 0) -> None:
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # list() waits for every fill and raises what one of them raised.
-        list(pool.map(lambda named: _fill(*named, seed), model.named_parameters()))
+        list(pool.map(lambda named: _fill(named[0], named[1], seed), model.named_parameters()))
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 """Wall-clock times of a model's parts, by hooks, and their medians."""
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -42,62 +41,64 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class PartTimer(AbstractContextManager["PartTimer"]):
-    """Times groups of modules while it is entered.
+@contextmanager
+def timed_parts(
+    parts: Mapping[str, Sequence[nn.Module]], device: torch.device
+) -> Iterator[Callable[[], dict[str, float]]]:
+    """Times groups of modules inside the block.
 
     On a GPU the marks are events in the stream, read after one synchronization, so that timing does not keep the CPU
     from running ahead; a part's time then includes the gaps between its kernels.
 
     Args:
-        parts: by name, the modules whose times add up. A module may be in one group only; a group may contain another.
+        parts: by name, the modules whose times add up. A group may contain another.
         device: of the modules.
+
+    Yields:
+        A function that gives the seconds of each part since its last call.
     """
+    marks: dict[str, list[tuple[Mark, Mark]]] = {name: [] for name in parts}
+    handles: list[Any] = []
 
-    def __init__(self, parts: Mapping[str, Sequence[nn.Module]], device: torch.device) -> None:
-        self._parts = parts
-        self._device = device
-        self._marks: dict[str, list[tuple[Mark, Mark]]] = {}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> "PartTimer":
-        for name, modules in self._parts.items():
-            for module in modules:
-                self._watch(name, module)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    def take(self) -> dict[str, float]:
-        """Seconds of each part since the last call, and starts again."""
-        synchronize(self._device)
-        times = {name: sum(_seconds(*pair) for pair in self._marks.get(name, [])) for name in self._parts}
-        self._marks.clear()
-        return times
-
-    def _watch(self, name: str, module: nn.Module) -> None:
+    def watch(name: str, module: nn.Module) -> None:
         begun: list[Mark] = []
 
         def begin(*_: Any) -> None:
-            begun.append(self._mark())
+            begun.append(_mark(device))
 
         def end(*_: Any) -> None:
-            self._marks.setdefault(name, []).append((begun.pop(), self._mark()))
+            marks[name].append((begun.pop(), _mark(device)))
 
-        self._handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+        handles.extend([module.register_forward_pre_hook(begin), module.register_forward_hook(end)])
 
-    def _mark(self) -> Mark:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+    def take() -> dict[str, float]:
+        synchronize(device)
+        times = {name: sum(_seconds(*pair) for pair in pairs) for name, pairs in marks.items()}
+        for pairs in marks.values():
+            pairs.clear()
+        return times
+
+    for name, modules in parts.items():
+        for module in modules:
+            watch(name, module)
+    try:
+        yield take
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mark(device: torch.device) -> Mark:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _seconds(begin: Mark, end: Mark) -> float:
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1e3
     if isinstance(begin, float) and isinstance(end, float):
         return end - begin
-    return begin.elapsed_time(end) / 1e3
+    raise TypeError(f"marks of different kinds: {type(begin).__name__} and {type(end).__name__}")

@@ -94,3 +94,11 @@ def _thirds(tensors: Tensors) -> Iterator[Tensors]:
     names = list(tensors)
     for start in range(3):
         yield {name: tensors[name] for name in names[start::3]}
+
+
+def assert_same_tensors(folder: Path, expected: Path) -> None:
+    """Both folders hold the same weights, bit by bit."""
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name

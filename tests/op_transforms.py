@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-from mra_kernels.testing import make_inputs
+from mra_kernels.testing import make_inputs, relative_error
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
@@ -33,6 +33,9 @@ class TransformSuite:
     op: ClassVar[str]
     shapes: ClassVar[list[tuple]]
     local_gradients: ClassVar[tuple[str, ...]]
+    # torch 2.13's inductor fails on a convolution's backward over a channels-last map of two symbolic sides
+    # ("cannot determine truth value of Relational"): there it compiles inference only, and aot_eager the rest.
+    inductor_trains: ClassVar[bool] = True
 
     def solve(self, route: Route, inputs: dict[str, Any], grad_outputs: tuple[Tensor, ...], wanted: list[str]) -> Any:
         return solve(partial(call, self.op, route.backend), inputs, grad_outputs, wanted)
@@ -64,29 +67,36 @@ class TransformSuite:
         leaves = tuple(inputs[n].requires_grad_() for n in names)
         assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
-    @pytest.mark.parametrize(("backend", "compiler"), [("auto", "inductor"), ("operator", "aot_eager")])
+    @pytest.mark.parametrize(
+        ("backend", "compiler"), [("auto", "inductor"), ("auto", "aot_eager"), ("operator", "aot_eager")]
+    )
     def test_compile(self, backend: str, compiler: str) -> None:
         """One graph for every batch and size; outputs and gradients are those of eager execution."""
         torch._dynamo.reset()
         module = Bound(self.op, backend, make_inputs(self.op, *self.shapes[0], seed=11))
         compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=compiler)
+        trains = compiler != "inductor" or self.inductor_trains
         for i, dims in enumerate(self.shapes[:2]):
-            data = [v.requires_grad_(n != "mean_weights") for n, v in self._data(dims, seed=12 + i).items()]
-            with torch._dynamo.config.patch(error_on_recompile=i > 0):
+            data = list(self._data(dims, seed=12 + i).values())
+            with torch._dynamo.config.patch(error_on_recompile=i > 0), torch.set_grad_enabled(trains):
                 actual = self._run(compiled, module, data)
-            for a, e in zip(actual, self._run(module, module, data), strict=True):
-                torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+                expected = self._run(module, module, data)
+            for a, e in zip(actual, expected, strict=True):
+                assert relative_error(a, e) < 1e-5
 
     def _data(self, dims: tuple, seed: int) -> dict[str, Tensor]:
         inputs = make_inputs(self.op, *dims, seed=seed)
-        return {n: v for n, v in inputs.items() if isinstance(v, Tensor) and is_data(n)}
+        data = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and is_data(n)}
+        return {n: v.requires_grad_(n != "mean_weights") for n, v in data.items()}
 
     def _run(self, function: Any, module: Bound, data: list[Tensor]) -> list[Tensor]:
-        """Outputs, then gradients of all maps and parameters, of a loss that weighs every element differently."""
+        """Outputs, then gradients of all maps and parameters for a random gradient of each output."""
         outputs = [o for o in function(*data) if o.numel()]
-        weighed = [o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape) for o in outputs]
+        if not torch.is_grad_enabled():
+            return outputs
         leaves = [*[d for d in data if d.requires_grad], *module.parameters()]
-        return [*outputs, *torch.autograd.grad(sum(w.sum() for w in weighed), leaves)]
+        generator = torch.Generator().manual_seed(17)
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [_noise(o, generator) for o in outputs])]
 
     @pytest.mark.parametrize("backend", ["auto", "operator"])
     def test_export(self, backend: str) -> None:
@@ -104,7 +114,7 @@ class TransformSuite:
             data = self._data(dims, seed=15)
             expected = module(*data.values())
             for a, e in zip(program.module()(*data.values()), expected, strict=True):
-                torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+                assert relative_error(a, e) < 1e-5
 
     @pytest.mark.parametrize("backend", ["reference", "native"])
     def test_meta_and_fake_cuda(self, backend: str) -> None:
@@ -161,6 +171,10 @@ class TransformSuite:
         outputs = as_tuple(getattr(torch.ops.mra, self.op)(*inputs.values(), "reference"))
         for name, output in zip(names, outputs, strict=True):
             assert output.requires_grad == (name not in ("mean", "rstd"))
+
+
+def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
 
 def _empty_like(value: Any, device: str) -> Any:

@@ -9,7 +9,7 @@ from op_suite import OpSuite
 
 class TestAdapterGate(OpSuite):
     op = "adapter_gate"
-    local_gradients = ()
+    local_gradients = ("low_mean", "high_mean")
     # batch, channels, hidden
     shapes: ClassVar = [
         (3, 16, 8),

@@ -1,7 +1,6 @@
-"""The benchmarks' own machinery on a CPU: plan, worker, results file, timing, refusals, a rehearsal of the steps."""
+"""The benchmarks' own machinery on a CPU: plan, worker, results file, refusals, a rehearsal of the steps."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_steps import TIMES, record_and_die, record_and_hang, record_and_raise, record_two
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from bench import gpu, timing
+from bench import gpu
 from bench.__main__ import app
 from bench.catalog import STEPS
 from bench.compare import Case, measure
@@ -31,31 +31,6 @@ from mra_model.presets import build_model
 CPU = torch.device("cpu")
 STAMP = Stamp("c" * 40, "t" * 40, False)
 MACHINE = {"device": "a device", "versions": {"torch": "2.13"}}
-TIMES = Times(2.0, 1.0, 3.0, [1.0, 2.0, 3.0])
-
-# Steps of the worker's tests: functions of this module, so that they travel to another process.
-
-
-def record_two(run: Run) -> None:
-    run.record(Result("case", "first", {"warm": TIMES}))
-    run.record(Result("case", "second", {"warm": TIMES}))
-
-
-def record_and_raise(run: Run) -> None:
-    run.record(Result("case", "first", {"warm": TIMES}))
-    raise ValueError("planted")
-
-
-def record_and_die(run: Run) -> None:
-    run.record(Result("case", "first", {"warm": TIMES}))
-    os._exit(7)
-
-
-def record_and_hang(run: Run, pid_file: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    pid_file.write_text(str(child.pid))
-    run.record(Result("case", "first", {"warm": TIMES}))
-    time.sleep(600)
 
 
 @pytest.fixture
@@ -117,36 +92,62 @@ class TestPlan:
 
     def test_a_finished_step_runs_again_only_by_force(self, tmp_path: Path, worker: Worker) -> None:
         step = Step("works", "", 1, record_two)
-        for force, count in ((False, 1), (False, 1), (True, 2)):
+        for force, runs in ((False, True), (False, False), (True, True)):
             results, lines = open_results(tmp_path), []
             gpu._run_all([step], results, worker, time.monotonic() + 60, force, lines.append)
             assert len(results.data["results"]) == 2
-            assert len(results.data["runs"]) == count + (not force and len(results.data["runs"]) - count)
-            assert any("already" in line for line in lines) == (len(results.data["runs"]) == 2)
+            assert any("there already" in line for line in lines) == (not runs)
+        assert len(results.data["runs"]) == 3
+
+
+class TestMeasure:
+    """The real command, with a worker on the CPU in place of a GPU's."""
+
+    @pytest.fixture(autouse=True)
+    def pretend(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(gpu.machine, "describe", lambda device: MACHINE)
+        monkeypatch.setattr(gpu, "Worker", lambda device, rehearsal, folder: Worker(CPU, rehearsal, folder))
+        monkeypatch.setattr(gpu, "STEPS", (Step("a", "", 1, record_two), Step("b", "", 1, record_and_raise)))
+
+    def measure(self, out: Path, lines: list[str], *more: str) -> int:
+        stamped = ["--commit", STAMP.commit, "--tree", STAMP.tree, "--minutes", "1", "--out", str(out)]
+        done = CliRunner().invoke(app, ["gpu", *stamped, *more])
+        lines += done.output.splitlines()
+        return done.exit_code
+
+    def test_a_failed_step_fails_the_command_and_is_tried_again(self, tmp_path: Path) -> None:
+        lines: list[str] = []
+        assert self.measure(tmp_path / "out", lines, "--only", "a") == 0
+        assert "  case | second: warm 2.0 (1.0-3.0) warm x1.00" in lines
+        assert self.measure(tmp_path / "out", lines) == 1
+        assert "a: its results are there already" in lines
+        kept = json.loads((tmp_path / "out/results.json").read_text())
+        assert {name: step["state"] for name, step in kept["steps"].items()} == {"a": DONE, "b": FAILED}
+        assert len(kept["runs"]) == 2
+
+    def test_results_of_another_commit_are_left_alone(self, tmp_path: Path) -> None:
+        lines: list[str] = []
+        self.measure(tmp_path, lines, "--only", "a")
+        assert self.measure(tmp_path, lines, "--only", "a", "--commit", "another") == 2
+        assert "give another folder with --out" in lines[-1]
+
+    def test_machines_have_folders_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+        folder = gpu._default_folder(torch.device("cuda", 0), STAMP)
+        assert folder.parent == ROOT / "bench/results/nvidia-h100-80gb-hbm3"
+        assert folder.name.endswith("-" + "c" * 12)
 
 
 class TestWorker:
-    def test_results_come_in_order(self, worker: Worker) -> None:
-        found: list[Result] = []
-        worker.run(Step("a", "", 1, record_two), 60, found.append)
-        assert [result.variant for result in found] == ["first", "second"]
-
-    @pytest.mark.parametrize(("run", "message"), [(record_and_raise, "ValueError: planted"), (record_and_die, "7")])
-    def test_failure_keeps_results_and_the_next_step_runs(self, worker: Worker, run, message: str) -> None:
-        found: list[Result] = []
-        with pytest.raises(StepFailed, match=message):
-            worker.run(Step("a", "", 1, run), 60, found.append)
-        assert len(found) == 1
-        worker.run(Step("b", "", 1, record_two), 60, found.append)
-        assert len(found) == 3
-
     def test_a_step_that_hangs_is_stopped_with_its_children(self, worker: Worker, tmp_path: Path) -> None:
         found: list[Result] = []
         pid_file = tmp_path / "pid"
         worker.run(Step("start", "", 1, record_two), 60, found.append)
         with pytest.raises(StepFailed, match="its limit"):
-            worker.run(Step("a", "", 1, partial(record_and_hang, pid_file=pid_file)), 2, found.append)
-        assert len(found) == 3
+            worker.run(Step("a", "", 1, partial(record_and_hang, pid_file=pid_file)), 3, found.append)
+        assert [result.variant for result in found] == ["first", "second", "first"]
         assert _is_gone(int(pid_file.read_text()))
 
 
@@ -244,6 +245,7 @@ class TestCompare:
             (lambda y: y * 1.05, "wrong: y has error"),
             (lambda y: torch.full_like(y, float("nan")), "not finite"),
             (lambda y: y.view(-1)[:7].view(3, 9), "RuntimeError"),
+            (lambda y: y[:1], "shape (1, 64)"),
         ],
     )
     def test_a_wrong_kernel_has_no_times(self, wrong, message: str) -> None:
@@ -253,130 +255,6 @@ class TestCompare:
 
     def test_a_library_may_be_as_inaccurate_as_it_is(self) -> None:
         assert self.run(self.case(allowed=None, ours=lambda y: y * 1.05))["ours"].times
-
-    def test_another_shape_is_an_error(self) -> None:
-        with pytest.raises(AssertionError, match="shape"):
-            self.run(self.case(ours=lambda y: y[:3]))
-
-
-class FakeGpu:
-    """A clock in place of a GPU: events read it, calls advance it, a graph replays what was called inside it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        self.recording: list | None = None
-        self.order: list[str] = []
-        fake = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self) -> None:
-                self.at = fake.now
-
-            def elapsed_time(self, end: "Event") -> float:
-                return 1e3 * (end.at - self.at)
-
-        class Graph:
-            def replay(self) -> None:
-                for call in self.calls:
-                    call()
-
-        class Capture:
-            def __init__(self, graph: Graph) -> None:
-                self.graph = graph
-
-            def __enter__(self) -> None:
-                fake.recording = []
-
-            def __exit__(self, *error: object) -> None:
-                self.graph.calls, fake.recording = fake.recording, None
-
-        class Stream:
-            def wait_stream(self, other: object) -> None:
-                """Nothing to wait for."""
-
-            def __enter__(self) -> None:
-                """Nothing to switch."""
-
-            def __exit__(self, *error: object) -> None:
-                """Nothing to switch."""
-
-        for name, value in {
-            "Event": Event,
-            "CUDAGraph": Graph,
-            "graph": Capture,
-            "Stream": Stream,
-            "stream": lambda stream: stream,
-            "current_stream": Stream,
-            "synchronize": lambda device=None: None,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(timing, "_flusher", lambda device: partial(self.work, "flush", 1e-3))
-
-    def work(self, name: str, seconds: float) -> str:
-        call = partial(self._advance, name, seconds)
-        if self.recording is None:
-            call()
-        else:
-            self.recording.append(call)
-        return name
-
-    def _advance(self, name: str, seconds: float) -> None:
-        self.now += seconds
-        self.order.append(name)
-
-
-class TestTiming:
-    device = torch.device("cuda")
-
-    def test_times_are_those_of_one_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fake = FakeGpu(monkeypatch)
-        calls = {"fast": partial(fake.work, "fast", 5e-6), "slow": partial(fake.work, "slow", 2e-3)}
-        times = timing.kernel_times(calls, self.device)
-        for name, microseconds in (("fast", 5.0), ("slow", 2000.0)):
-            for condition in ("warm", "cold"):
-                found = times[name][condition]
-                assert (found.p20, found.median, found.p80) == pytest.approx((microseconds,) * 3)
-                assert len(found.samples) >= timing.ROUNDS[0]
-
-    def test_variants_take_turns_and_cold_ones_follow_a_flush(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fake = FakeGpu(monkeypatch)
-        calls = {name: partial(fake.work, name, 1e-3) for name in "abc"}
-        timing.kernel_times(calls, self.device)
-        first = fake.order.index("flush")
-        cold = fake.order[first:]
-        assert set(cold[::2]) == {"flush"}
-        assert cold[1:7:2] == ["a", "b", "c"]
-        assert cold[7:13:2] == ["b", "c", "a"]
-        warm = fake.order[:first]
-        assert warm[-6:] not in (["a", "b", "c"] * 2, ["a"] * 6)
-        assert warm[-1] != warm[-2]
-
-    def test_small_kernels_repeat_inside_a_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fake = FakeGpu(monkeypatch)
-        timing.kernel_times({"tiny": partial(fake.work, "tiny", 1e-6)}, self.device)
-        before = fake.order.index("flush")
-        rounds = fake.order.count("flush")
-        assert before >= timing.MAX_REPEATS * rounds
-
-    def test_calls_are_timed_one_by_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fake = FakeGpu(monkeypatch)
-        times = timing.call_times({"a": partial(fake.work, "a", 3e-3)}, self.device)
-        assert times["a"]["call"].median == pytest.approx(3000.0)
-
-    def test_a_replayed_call_is_captured_once_and_returns_its_outputs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fake = FakeGpu(monkeypatch)
-        replay = timing.replayed(partial(fake.work, "a", 1e-3))
-        assert fake.order == []
-        assert [replay(), replay()] == ["a", "a"]
-        assert fake.order == ["a"] * 5
-
-    def test_percentiles(self) -> None:
-        times = timing.summarize([float(n) for n in range(101)])
-        assert (times.p20, times.median, times.p80) == (20.0, 50.0, 80.0)
 
 
 class TestShapes:

@@ -28,22 +28,16 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    LlamaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
 
 import mra_kernels
 from mra_kernels.testing import relative_error
-from mra_model import PRESETS, MraVisionConfig
-from mra_model.configuration_mra import convnext_xxlarge
 from mra_model.convert import convert, export, keys
 from mra_model.convert import folder as folder_module
-from mra_model.convert.original_config import is_released_size, original_config
-from mra_model.convert.sizes import text_config, towers_from_names
 from mra_model.images import load_image
-from mra_model.memory import build_empty
-from mra_model.presets import llava_config
+from mra_model.processing_mra import load_tokenizer
 
 FEATURES = 1e-4
 GRADIENTS = 1e-3
@@ -63,6 +57,16 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return folder
 
 
+def gradient_floor(key: str, golden: Golden) -> float:
+    """What a gradient's norm may differ by whatever its size.
+
+    The last bias of a gate is one number, in which two pictures' gradients nearly cancel. The golden float32 value at
+    1024 pixels is 5e-3 off what float64 gives, so it is held to the gradient of its layer's weight.
+    """
+    last_bias = key.startswith(keys.ADAPTERS) and key.endswith("gate.2.bias")
+    return GRADIENTS * golden.grad_norms[key.replace("bias", "weight")] if last_bias else 0.0
+
+
 def load(folder: Path) -> LlavaForConditionalGeneration:
     return AutoModelForImageTextToText.from_pretrained(folder).eval()
 
@@ -72,7 +76,6 @@ class Run:
     """One golden checkpoint through one backend."""
 
     golden: Golden
-    backend: str
     model: LlavaForConditionalGeneration
     pixels: Tensor
 
@@ -93,15 +96,18 @@ class Run:
         return out.logits[..., :VOCABULARY]
 
 
+@pytest.fixture(
+    scope="module", params=[(name, backend) for name in GOLDEN for backend in ("reference", "auto")], ids="-".join
+)
+def run(request: pytest.FixtureRequest, converted: Callable[[str], Path]) -> Iterator[Run]:
+    name, backend = request.param
+    model = load(converted(name))
+    with mra_kernels.use_backend(backend):
+        yield Run(Golden(name), model, golden_pixels(model.config.vision_config.image_size))
+
+
 class TestGolden:
     """What the authors' code computes, from their checkpoint to ours."""
-
-    @pytest.fixture(scope="class", params=[(name, backend) for name in GOLDEN for backend in ("reference", "auto")])
-    def run(self, request: pytest.FixtureRequest, converted: Callable[[str], Path]) -> Iterator[Run]:
-        name, backend = request.param
-        model = load(converted(name))
-        with mra_kernels.use_backend(backend):
-            yield Run(Golden(name), backend, model, golden_pixels(model.config.vision_config.image_size))
 
     @torch.no_grad()
     def test_features(self, run: Run) -> None:
@@ -133,7 +139,7 @@ class TestGolden:
                 # Zero but for rounding: a shift that all keys share cancels in the softmax.
                 assert max(norms[key], expected) < GRADIENTS * norms[key.replace("k_proj", "v_proj")]
             else:
-                assert norms[key] == pytest.approx(expected, rel=GRADIENTS), key
+                assert norms[key] == pytest.approx(expected, rel=GRADIENTS, abs=gradient_floor(key, run.golden)), key
 
     def test_greedy_tokens(self, run: Run) -> None:
         tokens = run.model.config.image_seq_length
@@ -210,7 +216,9 @@ class TestReport:
         config, tensors = read_checkpoint(GOLDEN[0])
         blocks = keys.HIGH + "stages."
         tensors = {
-            key.removesuffix("weight") + "gamma" if key.startswith(blocks) and value.dim() == 1 and scale(key) else key: value
+            key.removesuffix("weight") + "gamma"
+            if key.startswith(blocks) and value.dim() == 1 and scale(key)
+            else key: value
             for key, value in tensors.items()
         }
         assert sum(key.endswith(".gamma") for key in tensors) == 5
@@ -279,6 +287,13 @@ class TestTokenizer:
         assert (inputs.input_ids == 640).sum() == model.config.image_seq_length
         assert model(**inputs).logits.isfinite().all()
 
+    def test_fast_tokenizer_of_the_source(self, source: Path, tmp_path: Path) -> None:
+        """A `tokenizer.json` beside the authors' config, whose model type means another layout to transformers."""
+        load_tokenizer(add_tokenizer(tmp_path / "tokenizer")).save_pretrained(source)
+        convert(source, tmp_path / "out", arch=arch_of(GOLDEN[0]))
+        tokenizer = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
+        assert tokenizer("<image>\nWhat is it?").input_ids[1] == 640
+
     @pytest.mark.parametrize(("ratio", "pads"), [("pad", True), ("square", False), (None, False)])
     def test_padding(self, ratio: str | None, pads: bool, source: Path, tmp_path: Path) -> None:
         config = json.loads((source / "config.json").read_text())
@@ -301,92 +316,3 @@ class TestTokenizer:
         (source / "config.json").write_text(json.dumps(config | {"mm_use_im_start_end": True}))
         report = convert(source, tmp_path / "out", arch=arch_of(GOLDEN[0]))
         assert any("<im_start>" in warning for warning in report.warnings)
-
-
-class TestExport:
-    """Back to the authors' names."""
-
-    @pytest.mark.parametrize("name", GOLDEN)
-    def test_bit_equal(self, name: str, tmp_path: Path, converted: Callable[[str], Path]) -> None:
-        report = export(converted(name), tmp_path / "back")
-        config, original = read_checkpoint(name)
-        exported = load_file(tmp_path / "back" / "model.safetensors")
-        used = {key for key in original if keys.why_unused(key) is None}
-        assert set(exported) == used | {keys.CLASS_TOKEN}
-        for key in used - {keys.POSITIONS}:
-            assert torch.equal(exported[key], original[key]), key
-        assert torch.equal(exported[keys.POSITIONS][1:], original[keys.POSITIONS][1:])
-        assert exported[keys.POSITIONS][0].abs().max() == exported[keys.CLASS_TOKEN].abs().max() == 0
-        assert set(report.missing) == {keys.CLASS_TOKEN, f"{keys.POSITIONS}[0]"}
-        written = json.loads((tmp_path / "back" / "config.json").read_text())
-        same = set(config) & set(written) - {"image_aspect_ratio"}
-        assert {key: written[key] for key in same} == {key: config[key] for key in same}
-        assert same >= {"model_type", "vocab_size", "input_image_size", "freeze_vision", "mm_vision_tower", "rope_scaling"}
-
-    @pytest.mark.parametrize("name", GOLDEN)
-    def test_converts_again(self, name: str, tmp_path: Path, converted: Callable[[str], Path]) -> None:
-        export(converted(name), tmp_path / "back")
-        convert(tmp_path / "back", tmp_path / "again", arch=tmp_path / "back" / "arch.json")
-        assert_same_tensors(tmp_path / "again", converted(name))
-        for file in ("config.json", "generation_config.json"):
-            assert (tmp_path / "again" / file).read_text() == (converted(name) / file).read_text()
-
-    def test_of_a_saved_model(self, tmp_path: Path, converted: Callable[[str], Path]) -> None:
-        """`save_pretrained` writes other prefixes than the module names."""
-        model = load(converted(GOLDEN[0]))
-        model.save_pretrained(tmp_path / "saved")
-        again = load(tmp_path / "saved")
-        assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
-        export(tmp_path / "saved", tmp_path / "back")
-        export(converted(GOLDEN[0]), tmp_path / "direct")
-        assert_same_tensors(tmp_path / "back", tmp_path / "direct")
-
-    def test_scaled_rope_comes_back(self, tmp_path: Path) -> None:
-        fields = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e5, "vocab_size": 129}
-        text = text_config(fields, tmp_path)
-        written = original_config(llava_config(MraVisionConfig(), text), pad=True, dtype=torch.float16)
-        assert (written["rope_scaling"], written["rope_theta"]) == (fields["rope_scaling"], 5e5)
-        assert text_config(written, tmp_path).rope_parameters == text.rope_parameters
-
-
-class TestReleasedSizes:
-    """The two released models, without their weights."""
-
-    NAMES = (
-        ("convnext_large_mlp.clip_laion2b_ft_320", [192, 384, 768, 1536], [3, 3, 27, 3], 1e-6),
-        ("convnext_xxlarge.clip_laion2b_soup", [384, 768, 1536, 3072], [3, 4, 30, 3], 1e-5),
-    )
-
-    @pytest.mark.parametrize(("name", "dims", "depths", "eps"), NAMES)
-    @pytest.mark.parametrize("prefix", ["", "./checkpoints/"])
-    def test_tower_names(self, prefix: str, name: str, dims: list[int], depths: list[int], eps: float) -> None:
-        config = {"mm_vision_tower": prefix + "openai/clip-vit-large-patch14-336", "vision_tower_slow": prefix + name}
-        towers = towers_from_names(config, Path("config.json"))
-        high, low = towers.high, towers.low
-        assert (list(high.hidden_sizes), list(high.depths), high.layer_norm_eps) == (dims, depths, eps)
-        assert (low.hidden_size, low.num_hidden_layers, low.num_attention_heads) == (1024, 24, 16)
-        assert (low.intermediate_size, low.image_size, low.patch_size) == (4096, 336, 14)
-
-    @pytest.mark.parametrize("preset", ["llava-hr-7b", "llava-hr-x-13b"])
-    def test_every_parameter_has_a_name_and_a_layout_both_ways(self, preset: str) -> None:
-        for name, value in build_empty(PRESETS[preset], torch.float32, "meta").state_dict().items():
-            authors = keys.to_authors(name)
-            assert authors is not None, name
-            back = keys.to_ours(authors.key)
-            assert back is not None
-            assert back.key == name
-            assert back.layout(authors.layout(value)).shape == value.shape
-
-    def test_names_of_the_towers_in_exports(self) -> None:
-        text = LlamaConfig(vocab_size=129)
-        for vision, (name, *_) in zip((MraVisionConfig(), MraVisionConfig(high_config=convnext_xxlarge())), self.NAMES, strict=True):
-            assert is_released_size(vision)
-            assert original_config(llava_config(vision, text), pad=True, dtype=torch.float16)["vision_tower_slow"] == name
-
-
-def assert_same_tensors(folder: Path, expected: Path) -> None:
-    """Both folders hold the same weights, bit by bit."""
-    ours, theirs = load_file(folder / "model.safetensors"), load_file(expected / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name

@@ -6,18 +6,10 @@ import pytest
 import torch
 from conftest import make_tiny_config
 from torch import Tensor
-from transformers import AutoModel, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 import mra_kernels
-from mra_model import (
-    LANGUAGE_MODEL_LORA,
-    MraVisionConfig,
-    MraVisionModel,
-    NotEnoughMemory,
-    build_model,
-    memory,
-    preset_config,
-)
+from mra_model import LANGUAGE_MODEL_LORA, MraVisionModel, build_model
 from mra_model.modeling_mra import MraAdapterLayer, MraConvNeXtBlock
 
 IMAGE = 640
@@ -72,9 +64,6 @@ class TestTower:
         assert len(output.hidden_states) == 1
         assert output.hidden_states[0] is output.last_hidden_state
 
-    def test_empty_batch(self, tiny_model) -> None:
-        assert features(tiny_model, pictures(0)).shape == (0, 16, 32)
-
     def test_pictures_of_a_batch_do_not_mix(self, tiny_model) -> None:
         pixels = pictures(3)
         with torch.no_grad():
@@ -123,17 +112,16 @@ class TestTower:
             assert gradient.abs().max() > 0, name
 
     def test_position_embedding_is_resized_with_antialias(self) -> None:
-        """Halving a checkerboard of +1 and -1 with antialias gives 0 in the middle of the picture."""
+        """From 4 to 2, plain bicubic reads columns 0 to 2 for the first token, antialiased also the last."""
         model = build_model(make_tiny_config(image_size=128, low_resolution_size=28))
         low = model.model.vision_tower.low
-        row, column = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
-        board = ((-1.0) ** (row + column)).reshape(16, 1).expand(16, 32)
         with torch.no_grad():
-            low.position_embedding.copy_(torch.ones(16, 32))
-            constant = low.embed(pictures(1), 2)
-            low.position_embedding.copy_(torch.ones(16, 32) + board)
-            checkered = low.embed(pictures(1), 2)
-        assert relative(checkered, constant) < 0.05
+            low.position_embedding.zero_()
+            before = low.embed(pictures(1), 2)
+            low.position_embedding.view(4, 4, 32)[:, 3] = torch.linspace(-50, 50, 32)
+            after = low.embed(pictures(1), 2)
+        assert before.shape == (1, 4, 32)
+        assert relative(after[:, 0], before[:, 0]) > 0.1
 
     @pytest.mark.parametrize(
         ("shape", "message"),
@@ -149,15 +137,9 @@ class TestTower:
         with pytest.raises(ValueError, match=message):
             features(tiny_model, torch.zeros(shape))
 
-    def test_large_and_xxlarge_parameter_counts(self) -> None:
-        """ConvNeXt-L and -XXL trunks as timm counts them (less norm and head), CLIP ViT-L/14 without unused parts."""
-        for name, trunk in (("llava-hr-7b", 196_227_264), ("llava-hr-x-13b", 843_401_472)):
-            model = build_model(name, device="meta")
-            tower = model.model.vision_tower
-            assert sum(p.numel() for p in tower.high.parameters()) == trunk
-            assert all(p.is_meta for p in model.parameters())
-            assert sum(p.numel() for p in tower.low.parameters()) == 303_505_408
-            assert tower.high.stem.eps == tower.config.high_config.layer_norm_eps
+    def test_no_pixels_are_refused(self, tiny_model) -> None:
+        with pytest.raises(ValueError, match="leave the argument out"):
+            tiny_model.model.vision_tower(None)
 
 
 class TestPrecision:
@@ -269,13 +251,15 @@ class TestSaving:
         for name, value in loaded.state_dict().items():
             assert torch.equal(value, expected[name]), name
         inputs = {"input_ids": prompt(5, 4), "pixel_values": pictures(1)}
+        # Loaded weights lie in the file's mapping; the library's products round differently on unaligned memory.
+        loaded = copy.deepcopy(loaded)
         with torch.no_grad():
             assert torch.equal(loaded(**inputs).logits, tiny_model(**inputs).logits)
         assert loaded.generation_config.suppress_tokens == [IMAGE]
 
     def test_the_tower_alone_reloads(self, tiny_model, tmp_path) -> None:
         tiny_model.model.vision_tower.save_pretrained(tmp_path)
-        loaded = AutoModel.from_pretrained(tmp_path)
+        loaded = copy.deepcopy(AutoModel.from_pretrained(tmp_path))
         assert isinstance(loaded, MraVisionModel)
         with torch.no_grad():
             assert torch.equal(loaded(pictures(1)).last_hidden_state, features(tiny_model, pictures(1)))
@@ -303,69 +287,6 @@ class TestSaving:
         assert attention.config._attn_implementation == name
         with torch.no_grad():
             assert relative(features(loaded, pictures(1)), features(tiny_model, pictures(1))) < 1e-5
-
-
-class TestBuilding:
-    def test_equal_seeds_give_equal_weights(self, tiny_config: LlavaConfig) -> None:
-        first, again, other = (build_model(tiny_config, seed=seed).state_dict() for seed in (1, 1, 2))
-        for name, value in first.items():
-            assert torch.equal(value, again[name]), name
-            assert not torch.equal(value, other[name]), name
-
-    def test_dtype_only_rounds(self, tiny_config: LlavaConfig) -> None:
-        wide, narrow = (build_model(tiny_config, dtype=dtype).state_dict() for dtype in (torch.float32, torch.bfloat16))
-        for name, value in narrow.items():
-            assert value.dtype == torch.bfloat16
-            assert torch.equal(value, wide[name].bfloat16()), name
-
-    def test_every_parameter_is_random(self, tiny_model) -> None:
-        for name, parameter in tiny_model.named_parameters():
-            if parameter.numel() > 1:
-                assert parameter.std() > 0.01, name
-            assert parameter.abs().max() > 1e-3, name
-            if name.endswith("layer_scale"):
-                assert 0.1 < parameter.mean() < 0.5, name
-
-    def test_activations_stay_near_one(self, tiny_model) -> None:
-        with torch.no_grad():
-            assert 0.3 < features(tiny_model, pictures(2)).std() < 10
-            assert 0.1 < tiny_model(prompt(6, 5), pixel_values=pictures(1)).logits.std() < 10
-
-    def test_the_global_generator_is_left_alone(self, tiny_config: LlavaConfig) -> None:
-        torch.manual_seed(3)
-        state = torch.get_rng_state()
-        build_model(tiny_config)
-        assert torch.equal(torch.get_rng_state(), state)
-
-    def test_presets_on_meta(self) -> None:
-        counts = {
-            name: memory.count_parameters(preset_config(name))
-            for name in ("llava-hr-7b", "llava-hr-x-13b", "llava-hr-cpu")
-        }
-        assert counts == {
-            "llava-hr-7b": 7_280_012_995,
-            "llava-hr-x-13b": 14_242_645_891,
-            "llava-hr-cpu": 524_430_275,
-        }
-
-    def test_too_large_a_model_is_refused_before_allocation(self, tiny_config: LlavaConfig, monkeypatch) -> None:
-        tiny_config.text_config.vocab_size = 2**40
-        with pytest.raises(NotEnoughMemory, match=r"GiB in torch.float32, but cpu has .*bfloat16"):
-            build_model(tiny_config)
-        tiny_config.text_config.vocab_size = 641
-        needed = memory.count_parameters(tiny_config) * 4
-        monkeypatch.setattr(memory, "available_memory", lambda device: needed - 1)
-        with pytest.raises(NotEnoughMemory):
-            build_model(tiny_config)
-        build_model(tiny_config, dtype=torch.bfloat16)
-
-    def test_available_memory_is_plausible(self) -> None:
-        assert 2**26 < memory.available_memory("cpu") < 2**50
-
-    def test_vision_config_without_arguments_is_llava_hr(self) -> None:
-        config = MraVisionConfig()
-        assert config.high_config.depths == [3, 3, 27, 3]
-        assert (config.image_size, config.adapters, config.low_config.hidden_act) == (1024, True, "quick_gelu")
 
 
 def test_lora_matches_only_the_language_model(tiny_model) -> None:

@@ -17,7 +17,7 @@ class TestNormPatchify(OpSuite):
     # batch, height, width, channels
     shapes: ClassVar = [
         (2, 10, 8, 16),
-        (3, 5, 7, 16),
+        (3, 6, 14, 16),
         (0, 4, 5, 8),
         (1, 2, 2, 1),
         (1, 7, 7, 3),

@@ -16,7 +16,7 @@ class TestPatchConvNorm(OpSuite):
     local_gradients = ("pixels",)
     # batch, planes, height, width, channels, patch
     shapes: ClassVar = [
-        (2, 3, 20, 16, 16, 4),
+        (2, 3, 20, 28, 16, 4),
         (4, 3, 12, 24, 16, 4),
         (0, 3, 8, 8, 8, 4),
         (1, 1, 1, 1, 1, 1),

@@ -51,7 +51,7 @@ def _check(
         raise ValueError(f"{op}: low must be [B, ..., N], but has shape {tuple(low.shape)}")
     paths = (("low", low_hidden, low_weight, low_bias), ("high", high_hidden, high_weight, high_bias))
     for path, hidden, weight, bias in paths:
-        check_shape(op, f"{path}_hidden", hidden, (*low.shape[:-1], hidden.shape[-1]))
+        check_shape(op, f"{path}_hidden", hidden, (*low.shape[:-1], *hidden.shape[-1:]))
         check_shape(op, f"{path}_weight", weight, (low.shape[-1], hidden.shape[-1]))
         check_shape(op, f"{path}_bias", bias, (low.shape[-1],))
     check_shape(op, "gate", gate, (low.shape[0],))

@@ -39,7 +39,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None)
     if x.dim() < 2:
         raise ValueError(f"{op}: x must be [B, ..., K], but has shape {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, but must be [N, {x.shape[-1]}]")
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}, but must be [N, {x.shape[-1]}] for x of {tuple(x.shape)}"
+        )
     check_shape(op, "bias", bias, (weight.shape[0],))
     if mean_weights is not None:
         if x.dim() < 3:

@@ -30,8 +30,12 @@ def linear_scale_residual(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor) -> None:
     op = "linear_scale_residual"
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must be [..., K], but has no dimension")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, but must be [N, {x.shape[-1]}]")
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}, but must be [N, {x.shape[-1]}] for x of {tuple(x.shape)}"
+        )
     check_shape(op, "bias", bias, (weight.shape[0],))
     if scale is not None:
         check_shape(op, "scale", scale, (weight.shape[0],))

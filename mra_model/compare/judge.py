@@ -1,5 +1,6 @@
 """Whether two ways of computing agree."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,8 +37,9 @@ class Agreement:
     failures: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON, which has no NaN: such a difference is a string."""
+        numbers = {"features": self.features, "logits": self.logits}
+        return asdict(self) | {name: x if math.isfinite(x) else str(x) for name, x in numbers.items()}
 
 
 def judge(
@@ -63,7 +65,7 @@ def judge(
     # Written so that a NaN fails.
     if not features <= tolerance:
         failures.append(f"vision features differ by {features:.2e}, more than {tolerance:.0e}")
-    if not logits < float("inf"):
+    if not math.isfinite(logits):
         failures.append("logits are not finite")
     if first is not None and first < compared:
         failures.append(f"the answers differ from token {first + 1} on")

@@ -226,9 +226,6 @@ def _picture(file: str | None) -> _Picture:
 def _drawing(width: int = 640, height: int = 480) -> Image.Image:
     """Waves of two lengths in three colors: every patch differs from the next."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
-    channels = [
-        np.sin((c + 1) * 0.011 * x + 0.017 * y) + 0.5 * np.cos(0.23 * x - 0.19 * y * (c + 1)) for c in range(3)
-    ]
+    channels = [np.sin((c + 1) * 0.011 * x + 0.017 * y) + 0.5 * np.cos(0.23 * x - 0.19 * y * (c + 1)) for c in range(3)]
     values = 127.5 + 127.5 / 1.5 * np.stack(channels, axis=-1)
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8), mode="RGB")
-

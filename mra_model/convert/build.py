@@ -109,7 +109,7 @@ def _plan(source: Source, config: LlavaConfig, dtype: torch.dtype) -> list[Plann
         ConversionError: unknown or missing keys, or a wrong shape.
     """
     with naming(source.text_file):
-        empty = build_empty(config, torch.float32, "meta")
+        empty = build_empty(config, dtype, "meta")
     expected = {name: tuple(value.shape) for name, value in empty.state_dict().items()}
     found = _match(source, expected)
     missing = [renamed.key for renamed in map(keys.to_authors, expected.keys() - found.keys()) if renamed]

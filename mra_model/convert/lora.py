@@ -47,7 +47,7 @@ def lora_source(folder: Path, llm: Path | None, clip: Path | None, convnext: Pat
         ConversionError: no base given, a part that is absent, or an adapter that is no plain LoRA.
     """
     settings = read_json(folder / CONFIG)
-    scale = _scale(settings, folder / CONFIG)
+    rank, scale = _rank_and_scale(settings, folder / CONFIG)
     if llm is None:
         raise ConversionError(
             f"{folder} holds a LoRA adapter; give its base {settings.get('base_model_name_or_path')!r} with --llm"
@@ -62,14 +62,14 @@ def lora_source(folder: Path, llm: Path | None, clip: Path | None, convnext: Pat
     if convnext:
         tensors |= convnext_tensors(convnext, report)
     tensors |= _trained(folder)
-    _merge(tensors, _adapter(folder), scale, report)
+    _merge(tensors, _adapter(folder), rank, scale, report)
     towers = towers_from_arch(arch) if arch else towers_from_names(config, file)
     pictures = picture_settings(config, file, report)
     tokenizer = find_tokenizer(folder) or find_tokenizer(llm)
     return assemble(tensors, text, towers, pictures, (llm / "config.json", file), tokenizer, report)
 
 
-def _scale(settings: Mapping[str, Any], file: Path) -> float:
+def _rank_and_scale(settings: Mapping[str, Any], file: Path) -> tuple[int, float]:
     for option, plain in _PLAIN.items():
         if settings.get(option, plain) not in (plain, None):
             raise ConversionError(
@@ -78,7 +78,7 @@ def _scale(settings: Mapping[str, Any], file: Path) -> float:
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise ConversionError(f"{file}: r is {rank!r} and lora_alpha {alpha!r}, but both must be positive numbers")
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+    return rank, alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
 
 
 def _trained(folder: Path) -> dict[str, StoredTensor]:
@@ -97,7 +97,11 @@ def _adapter(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _merge(
-    tensors: dict[str, StoredTensor], adapter: Mapping[str, StoredTensor], scale: float, report: ConversionReport
+    tensors: dict[str, StoredTensor],
+    adapter: Mapping[str, StoredTensor],
+    rank: int,
+    scale: float,
+    report: ConversionReport,
 ) -> None:
     """Replaces each adapted weight W: [N, K] of `tensors` by W + scale B A, computed when it is read."""
     pending = set(adapter)
@@ -107,12 +111,9 @@ def _merge(
         down, up, base = adapter[key_a], adapter.get(key_b), tensors.get(key)
         if up is None or base is None:
             raise ConversionError(f"{down.file}: {key_a} has no {key_b if up is None else f'weight {key} in the base'}")
-        if len(base.shape) != 2 or (up.shape, down.shape) != (
-            (base.shape[0], down.shape[0]),
-            (down.shape[0], base.shape[1]),
-        ):
+        if up.shape + down.shape != (*base.shape[:1], rank, rank, *base.shape[1:]):
             raise ConversionError(
-                f"{down.file}: {key_a} {list(down.shape)} and its B {list(up.shape)} do not fit {key} "
+                f"{down.file}: {key_a} {list(down.shape)} and its B {list(up.shape)} of r {rank} do not fit {key} "
                 f"{list(base.shape)}; is this the base it was trained on?"
             )
         tensors[key] = replace(base, load=partial(_merged, base, up, down, scale))

@@ -1,5 +1,6 @@
 """The configs of a model in the transformers format, from what the authors wrote into theirs."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,7 +138,8 @@ def text_config(fields: Mapping[str, Any], file: Path) -> LlamaConfig:
     """
     if fields.get("tie_word_embeddings"):
         raise ConversionError(f"{file}: tie_word_embeddings is true; LLaVA-HR has an lm_head of its own")
-    given = {key: fields[key] for key in TEXT_FIELDS if fields.get(key) is not None}
+    # A copy, because LlamaConfig completes the dict of the rotary embedding in place.
+    given = copy.deepcopy({key: fields[key] for key in TEXT_FIELDS if fields.get(key) is not None})
     with naming(file):
         return LlamaConfig(**given, tie_word_embeddings=False)
 
@@ -161,5 +163,5 @@ def naming(file: Path) -> Iterator[None]:
         yield
     except ConversionError:
         raise
-    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
         raise ConversionError(f"{file}: {' '.join(str(error).split())}") from error

@@ -160,13 +160,17 @@ def _towers(clip: Path, convnext: Path, tensors: Mapping[str, StoredTensor]) -> 
     config = read_json(clip / "config.json")
     low = clip_config(config.get("vision_config", config), clip / "config.json")
     depths, dims = convnext_sizes({key: tensor.shape for key, tensor in tensors.items()})
-    xxlarge = convnext_xxlarge()
-    is_xxlarge = (depths, dims) == (list(xxlarge.depths), list(xxlarge.hidden_sizes))
-    # The LayerNorms' eps is the one size that the keys do not show.
-    eps = xxlarge.layer_norm_eps if is_xxlarge else 1e-6
+    eps = convnext_eps(depths, dims)
     return Towers(
         low, convnext_config({"depths": depths, "dims": dims, "norm_eps": eps}, convnext), clip / "config.json"
     )
+
+
+def convnext_eps(depths: list[int], dims: list[int]) -> float:
+    """The eps of the LayerNorms, which a ConvNeXt's keys do not show: of all sizes, only XXLarge has another."""
+    xxlarge = convnext_xxlarge()
+    is_xxlarge = (depths, dims) == (list(xxlarge.depths), list(xxlarge.hidden_sizes))
+    return xxlarge.layer_norm_eps if is_xxlarge else 1e-6
 
 
 def _pictures(projector: Path, report: ConversionReport) -> tuple[PictureSettings, Path]:

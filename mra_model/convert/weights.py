@@ -123,6 +123,8 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"{path} is no readable safetensors file ({error}); download it again") from error
+    except RuntimeError as error:
+        raise ConversionError(f"{path} cannot be mapped ({error}); a machine with more memory is needed") from error
 
     return {
         key: StoredTensor(path, tuple(part.get_shape()), FLOATS.get(part.get_dtype()), partial(file.get_tensor, key))

@@ -1,0 +1,160 @@
+"""`mra compare`: one picture and one prompt through eager and fused, on the same parameters, in turns.
+
+Eager is the backend `reference`, plain PyTorch as the paper writes it. Fused is the automatic choice, or what
+`MRA_BACKEND` says.
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from mra_kernels import use_backend
+from mra_kernels.dispatch import choose
+from mra_kernels.ops import OPS
+from mra_model.compare.judge import judge
+from mra_model.compare.measure import Run, answer, outputs
+from mra_model.compare.peak import measure_peak
+from mra_model.compare.result import EAGER, FUSED, SIDES, Comparison, to_json
+from mra_model.compare.subject import Options, Subject, prepare
+
+# Tokens of an answer, the first included.
+NEW_TOKENS = 64
+
+DEFAULT_RUNS = {"cpu": 3, "cuda": 10}
+
+# Without --runs no further pair of runs starts that would end after this many seconds, so that a slow CPU in float32,
+# at 16 s for a forward pass, keeps the whole command under three minutes.
+BUDGET_SECONDS = 150.0
+
+# Above this load, as a share of the cores, times of a CPU say little.
+BUSY_SHARE = 0.5
+
+Stage = Callable[[str], None]
+
+
+def compare(
+    options: Options, subject: Subject, runs: int | None, stage: Stage, started: float | None = None
+) -> Comparison:
+    """Measures eager and fused, about three minutes at most on two CPU cores with the default options.
+
+    Args:
+        options: what was asked for; the processes that measure memory prepare it again.
+        subject: `prepare(options)`.
+        runs: how many timed answers of each; None is `DEFAULT_RUNS`, fewer where the time runs out.
+        stage: called with the name of each step before it starts; `stage_count` is how often.
+        started: `time.perf_counter()` when the command started, for the budget; None is now.
+
+    Raises:
+        BackendUnavailable: the fused side names a backend that cannot serve.
+        ValueError: `MRA_BACKEND` makes both sides eager.
+    """
+    started = time.perf_counter() if started is None else started
+    names = side_backends()
+    backends = {side: served_by(names[side], subject.device, subject.dtype) for side in SIDES}
+    busy = _busy_note(subject.device)
+    peaks = {}
+    for side in SIDES:
+        stage(f"peak memory, {side}")
+        peaks[side] = measure_peak(options, names[side])
+    stage("building the model")
+    model = subject.build()
+    found = {}
+    for side in SIDES:
+        stage(f"warm-up and outputs, {side}")
+        found[side] = outputs(model, subject.inputs, names[side])
+    timed, notes = _timed_runs(model, subject, names, runs, stage, started)
+    agreement = judge(found[EAGER], found[FUSED], timed[EAGER], timed[FUSED], subject.dtype)
+    return Comparison(subject, backends, agreement, timed, peaks, [*subject.notes, *busy, *notes])
+
+
+def stage_count(runs: int | None, device: torch.device) -> int:
+    """How many steps `compare` announces, at most."""
+    return 5 + 2 * (runs or DEFAULT_RUNS[device.type])
+
+
+def check_backends(subject: Subject) -> None:
+    """Raises before anything is built where the fused side cannot run.
+
+    Raises:
+        BackendUnavailable: `MRA_BACKEND` names a backend that cannot serve.
+        ValueError: `MRA_BACKEND` makes both sides eager.
+    """
+    for backend in side_backends().values():
+        served_by(backend, subject.device, subject.dtype)
+
+
+def side_backends() -> dict[str, str]:
+    """By side, the argument of `use_backend`.
+
+    Raises:
+        ValueError: both would be eager.
+    """
+    fused = os.environ.get("MRA_BACKEND") or "auto"
+    if fused == "reference":
+        raise ValueError("MRA_BACKEND=reference makes both sides of the comparison eager: unset it")
+    return {EAGER: "reference", FUSED: fused}
+
+
+def served_by(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """By op, which backend serves it under `use_backend(backend)`.
+
+    Raises:
+        BackendUnavailable: none can.
+    """
+    with use_backend(backend):
+        return {name: choose(name, op.backends, device, dtype) for name, op in OPS.items()}
+
+
+def _timed_runs(
+    model: LlavaForConditionalGeneration,
+    subject: Subject,
+    names: dict[str, str],
+    runs: int | None,
+    stage: Stage,
+    started: float,
+) -> tuple[dict[str, list[Run]], list[str]]:
+    """The sides in turns; each pair starts with the other side, so that none always follows the same one."""
+    wanted = runs or DEFAULT_RUNS[subject.device.type]
+    if subject.device.type == "cuda":
+        # The first decode step still allocates and picks kernels.
+        for side in SIDES:
+            answer(model, subject.inputs, names[side], NEW_TOKENS, subject.device)
+    timed: dict[str, list[Run]] = {side: [] for side in SIDES}
+    for index in range(wanted):
+        begin = time.perf_counter()
+        for side in SIDES if index % 2 == 0 else SIDES[::-1]:
+            stage(f"run {index + 1} of {wanted}, {side}")
+            timed[side].append(answer(model, subject.inputs, names[side], NEW_TOKENS, subject.device))
+        end = time.perf_counter()
+        if runs is None and index + 1 < wanted and 2 * end - begin - started > BUDGET_SECONDS:
+            done = index + 1
+            return timed, [f"{done} of {wanted} runs, as more would take too long; --runs {wanted} does them all"]
+    return timed, []
+
+
+def _busy_note(device: torch.device) -> list[str]:
+    """A warning where other programs use the processor that is to be measured."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if device.type != "cpu" or load < BUSY_SHARE * cores:
+        return []
+    return [f"the machine was busy at the start (load {load:.1f} on {cores} cores): times are unreliable"]
+
+
+__all__ = [
+    "EAGER",
+    "FUSED",
+    "NEW_TOKENS",
+    "SIDES",
+    "Comparison",
+    "Options",
+    "Subject",
+    "check_backends",
+    "compare",
+    "prepare",
+    "side_backends",
+    "stage_count",
+    "to_json",
+]
