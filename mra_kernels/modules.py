@@ -23,6 +23,7 @@ from mra_kernels.ops import (
     norm_patchify,
     patch_conv_norm,
 )
+from mra_kernels.ops.gated_resample_add import check_grids
 from mra_kernels.reference import mr_adapter as reference
 
 
@@ -201,6 +202,7 @@ class MRAdapter(nn.Module):
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low: [B, H, W, C_l], high: [B, H', W', C_h] -> [B, H, W, C_l]."""
+        check_grids("MRAdapter", low, high)
         if is_reference():
             return reference.mr_adapter(low, high, dict(self.named_parameters()))
         height, width = low.shape[1:3]
@@ -252,6 +254,7 @@ class Merge(nn.Module):
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low: [B, H, W, C_l], high: [B, H', W', C_h] -> [B, H, W, C_l]."""
+        check_grids("Merge", low, high)
         if is_reference():
             return reference.merge(low, high, self.low_weight, self.low_bias, self.high_weight, self.high_bias)
         height, width = low.shape[1:3]

@@ -72,7 +72,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(_parts_table(report))
     console.print(_backends_table(report["backends"]))
     for line in _reasons(report["backends"]):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _choice_record(device: str, dtype: str, choice: Choice) -> dict[str, Any]:
@@ -89,7 +89,8 @@ def _choice_record(device: str, dtype: str, choice: Choice) -> dict[str, Any]:
 def _parts_table(report: dict[str, Any]) -> Table:
     table = Table(title="Installed", show_header=False, title_justify="left")
     for name, value in report["versions"].items():
-        table.add_row(name, value or "absent")
+        if name != "triton":
+            table.add_row(name, value or "absent")
     cpu = report["cpu"]
     table.add_row("CPU", f"{cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads")
     table.add_row("instruction sets", " ".join(cpu["instruction_sets"]) or "unknown")
@@ -101,7 +102,7 @@ def _parts_table(report: dict[str, Any]) -> Table:
     compiler = report["nvcc"]
     table.add_row("nvcc", f"{compiler['path']}: {compiler['version']}" if compiler else "absent")
     table.add_row("extension", _state(report["extension"]))
-    table.add_row("Triton", _state(report["triton"]))
+    table.add_row("triton", _state(report["triton"]))
     return table
 
 
@@ -112,16 +113,22 @@ def _state(part: dict[str, Any]) -> str:
 
 
 def _backends_table(records: list[dict[str, Any]]) -> Table:
-    table = Table(title="Which backend serves which op", title_justify="left")
-    table.caption = "? the choice is unmeasured on this device"
-    columns = list(dict.fromkeys((record["device"], record["dtype"]) for record in records))
-    table.add_column("op")
-    for device, dtype in columns:
-        table.add_column(f"{device}\n{dtype}")
-    cells = {(r["op"], r["device"], r["dtype"]): r["chosen"] + ("" if r["measured"] else " ?") for r in records}
+    table = Table("op", *DEVICES, title="Which backend serves which op", title_justify="left")
     for op in dict.fromkeys(record["op"] for record in records):
-        table.add_row(op, *(cells[op, device, dtype] for device, dtype in columns))
+        cells = [[r for r in records if r["op"] == op and r["device"] == device] for device in DEVICES]
+        table.add_row(op, *map(_cell, cells))
     return table
+
+
+def _cell(records: list[dict[str, Any]]) -> str:
+    """One op on one device: the backend, with its dtypes where not all have the same one."""
+    by_backend: dict[str, list[str]] = {}
+    for record in records:
+        name = record["chosen"] + ("" if record["measured"] else " (unmeasured)")
+        by_backend.setdefault(name, []).append(record["dtype"])
+    if len(by_backend) == 1:
+        return next(iter(by_backend))
+    return "\n".join(f"{name} in {', '.join(dtypes)}" for name, dtypes in by_backend.items())
 
 
 def _reasons(records: list[dict[str, Any]]) -> list[str]:

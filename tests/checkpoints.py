@@ -1,6 +1,7 @@
 """Golden checkpoints in the authors' format, rewritten in the ways that people have them on disk."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,12 @@ def write_checkpoint(
 def arch_of(name: str) -> Path:
     """The `--arch` file of a golden checkpoint."""
     return DATA / name / "arch.json"
+
+
+def with_gamma(tensors: Tensors) -> Tensors:
+    """The same with ConvNeXt's layer scale by timm's name, which transformers changes when it saves."""
+    layer_scale = re.compile(r"(.*stages\.\d+\.blocks\.\d+\.)weight")
+    return {layer_scale.sub(r"\1gamma", key): value for key, value in tensors.items()}
 
 
 def with_vocabulary(config: dict[str, Any], tensors: Tensors, rows: int) -> tuple[dict[str, Any], Tensors]:

@@ -256,3 +256,9 @@ class Bound(nn.Module):
 def is_data(name: str) -> bool:
     """What comes with each call of a module: maps, gates and weights of a mean."""
     return name in (*DATA, "gate", "mean_weights")
+
+
+def devices() -> list[Any]:
+    """Test parameters: the CPU, and a GPU where there is one."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    return ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, skip])]

@@ -33,8 +33,8 @@ class TransformSuite:
     op: ClassVar[str]
     shapes: ClassVar[list[tuple]]
     local_gradients: ClassVar[tuple[str, ...]]
-    # torch 2.13's inductor fails on a convolution's backward over a channels-last map of two symbolic sides
-    # ("cannot determine truth value of Relational"): there it compiles inference only, and aot_eager the rest.
+    # torch 2.13's inductor cannot train library convolutions of dynamic sizes: over channels-last maps it fails
+    # ("cannot determine truth value of Relational"), over pixels it fixes the sides. It compiles inference of those.
     inductor_trains: ClassVar[bool] = True
 
     def solve(self, route: Route, inputs: dict[str, Any], grad_outputs: tuple[Tensor, ...], wanted: list[str]) -> Any:

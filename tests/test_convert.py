@@ -14,11 +14,13 @@ from checkpoints import (
     Tensors,
     add_tokenizer,
     arch_of,
+    assert_same_tensors,
     read_checkpoint,
     store_bin,
     store_bin_shards,
     store_old_bin,
     store_safetensors_shards,
+    with_gamma,
     with_vocabulary,
     write_checkpoint,
 )
@@ -214,13 +216,7 @@ class TestReport:
     def test_keys_beside_the_golden_ones(self, tmp_path: Path, converted: Callable[[str], Path]) -> None:
         """Older transformers saved the position ids; timm calls the layer scale gamma."""
         config, tensors = read_checkpoint(GOLDEN[0])
-        blocks = keys.HIGH + "stages."
-        tensors = {
-            key.removesuffix("weight") + "gamma"
-            if key.startswith(blocks) and value.dim() == 1 and scale(key)
-            else key: value
-            for key, value in tensors.items()
-        }
+        tensors = with_gamma(tensors)
         assert sum(key.endswith(".gamma") for key in tensors) == 5
         tensors[keys.LOW + "embeddings.position_ids"] = torch.arange(577)[None]
         source = write_checkpoint(tmp_path / "source", config, tensors)
@@ -235,10 +231,6 @@ class TestReport:
         report = convert(write_checkpoint(tmp_path / "source", config, tensors), tmp_path / "out", arch=arch_of(name))
         assert any("freeze_vision" in warning and says in warning for warning in report.warnings)
         assert load(tmp_path / "out").config.vision_config.adapters == (says == "hold them")
-
-
-def scale(key: str) -> bool:
-    return key.split(".")[-2].isdigit() and ".blocks." in key
 
 
 class TestImageToken:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import DATA, GOLDEN, Tensors, add_tokenizer, arch_of, read_checkpoint, write_checkpoint
+from checkpoints import DATA, GOLDEN, Tensors, add_tokenizer, arch_of, read_checkpoint, with_gamma, write_checkpoint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -58,11 +58,7 @@ def clip(name: str) -> CLIPVisionModel:
 def convnext(name: str) -> Tensors:
     """The ConvNeXt of a golden checkpoint by timm's names, its layer scale called gamma."""
     _, tensors = read_checkpoint(name)
-    own = under(tensors, keys.HIGH)
-    return {
-        key.removesuffix("weight") + "gamma" if key.split(".")[-2].isdigit() and ".blocks." in key else key: value
-        for key, value in own.items()
-    }
+    return with_gamma(under(tensors, keys.HIGH))
 
 
 @pytest.fixture

@@ -289,6 +289,12 @@ class TestSaving:
             assert relative(features(loaded, pictures(1)), features(tiny_model, pictures(1))) < 1e-5
 
 
+def test_a_tower_built_directly_uses_the_fast_attention(tiny_config) -> None:
+    tower = MraVisionModel(tiny_config.vision_config)
+    assert tower.config._attn_implementation == "sdpa"
+    assert tower.low.layers[0].self_attn.config._attn_implementation == "sdpa"
+
+
 def test_lora_matches_only_the_language_model(tiny_model) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     wrapped = peft.get_peft_model(tiny_model, peft.LoraConfig(r=2, target_modules=LANGUAGE_MODEL_LORA))

@@ -37,13 +37,19 @@ def _check(low: Tensor, high: Tensor, gate: Tensor) -> None:
         raise ValueError(
             f"{op}: high has shape {tuple(high.shape)}, but must be [{batch}, H', W', {channels}] beside low"
         )
+    check_grids(op, low, high)
+    check_shape(op, "gate", gate, (batch,))
+
+
+def check_grids(op: str, low: Tensor, high: Tensor) -> None:
+    """Raises unless the grid of `high`: [B, H', W', C'] can be brought to that of `low`: [B, H, W, C]."""
+    height, width = low.shape[1:3]
     smaller = high.shape[1] <= height and high.shape[2] <= width
     if not smaller and (high.shape[1] % height != 0 or high.shape[2] % width != 0):
         raise ValueError(
             f"{op}: a high-resolution grid of {tuple(high.shape[1:3])} cannot be pooled to {(height, width)}: "
             f"both sides must be multiples; resize one of the maps first"
         )
-    check_shape(op, "gate", gate, (batch,))
 
 
 def _fake(low: Tensor, high: Tensor, gate: Tensor) -> Tensor:
