@@ -1,0 +1,375 @@
+"""`mra compare`: that it measures what it says, and that a wrong fused kernel cannot pass."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_config
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlavaForConditionalGeneration
+from typer.testing import CliRunner
+
+import mra_kernels
+from mra_kernels.dispatch import Backend, is_reference
+from mra_kernels.ops import OPS
+from mra_model import build_model, build_processor, load_tokenizer, timing
+from mra_model import compare as comparing
+from mra_model.cli import app
+from mra_model.compare import EAGER, FUSED, NEW_TOKENS, Comparison, Options, judge, measure, prepare, result, subject
+from mra_model.compare.peak import Peak, measure_peak
+
+UNMEASURED = Peak(None, None, "not in this test")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights and no tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    build_model(make_tiny_config()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def options(model_dir: Path) -> Options:
+    return Options(model=str(model_dir), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def no_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the two processes that measure memory out: each imports everything again."""
+    monkeypatch.setattr(comparing, "measure_peak", lambda options, backend: UNMEASURED)
+
+
+def compared(options: Options, runs: int | None = 1, stage: Callable[[str], None] = lambda name: None) -> Comparison:
+    return comparing.compare(options, prepare(options), runs, stage)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, op: str, factor: float) -> None:
+    """Gives `op` a native kernel whose result is the reference's times `factor`."""
+    operator = OPS[op]
+
+    def forward(*inputs: object) -> object:
+        outputs = operator._run_forward(*inputs, "reference")
+        return outputs * factor if isinstance(outputs, Tensor) else (outputs[0] * factor, *outputs[1:])
+
+    kernel = Backend(forward, forward, lambda device, dtype: None)
+    monkeypatch.setitem(operator.backends, "native", kernel)
+
+
+# The command.
+
+
+def test_command_prints_a_table_and_writes_everything(model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    arguments = ["compare", "--model", model_dir, "--dtype", "fp32", "--device", "cpu", "--runs", 2, "--json", file]
+    ended = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "120"})
+    assert ended.exit_code == 0, ended.output
+    for part in ("stem", "stage 4", "ViT", "adapters", "merge", "projector", "language model", "peak memory"):
+        assert part in ended.stdout
+    assert f"all {NEW_TOKENS} are equal" in ended.stdout
+    assert ended.stdout.strip().splitlines()[-1].startswith("OK: fused agrees with eager")
+    content = json.loads(file.read_text())
+    assert content["verdict"].startswith("OK")
+    assert content["agreement"]["features"] < 1e-5
+    assert content["subject"]["side"] == 128
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["hardware"]["cpu"]["threads"] == torch.get_num_threads()
+    assert set(content["backends"][EAGER].values()) == {"reference"}
+    for side in (EAGER, FUSED):
+        assert [len(sample["tokens"]) for sample in content["samples"][side]] == [NEW_TOKENS, NEW_TOKENS]
+        memory = content["peak_memory"][side]
+        weights = sum(p.numel() * p.element_size() for p in build_model(make_tiny_config()).parameters())
+        assert memory["problem"] is None
+        assert memory["weights"] == weights
+        # Libraries alone take more than 100 MiB; a tiny model needs nowhere near 4 GiB.
+        assert 100 * 2**20 < memory["peak"] < 4 * 2**30
+
+
+@pytest.mark.usefixtures("no_peaks")
+@pytest.mark.parametrize("op", ["depthwise_conv_norm", "linear_gelu", "gated_resample_add", "gated_projection_add"])
+def test_a_wrong_fused_kernel_fails(monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path, op: str) -> None:
+    plant(monkeypatch, op, 1.05)
+    file = tmp_path / "result.json"
+    arguments = ["compare", "--model", str(model_dir), "--dtype", "fp32", "--device", "cpu", "--runs", "1"]
+    ended = CliRunner().invoke(app, [*arguments, "--json", str(file)])
+    assert ended.exit_code == 1, ended.output
+    assert "FAILED: vision features differ" in ended.stdout
+    assert "Traceback" not in ended.output
+    content = json.loads(file.read_text())
+    assert content["agreement"]["features"] > 1e-3
+    assert content["backends"][FUSED][op] == "native"
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_a_fused_kernel_that_gives_nan_fails(monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path) -> None:
+    plant(monkeypatch, "depthwise_conv_norm", float("nan"))
+    file = tmp_path / "result.json"
+    arguments = ["compare", "--model", str(model_dir), "--dtype", "bf16", "--device", "cpu", "--runs", "1"]
+    assert CliRunner().invoke(app, [*arguments, "--json", str(file)]).exit_code == 1
+    assert json.loads(file.read_text())["agreement"]["features"] == "nan"
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_an_interrupt_ends_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing, "answer", interrupt)
+    file = tmp_path / "result.json"
+    arguments = ["compare", "--model", str(model_dir), "--device", "cpu", "--json", str(file)]
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 130
+    assert "interrupted" in ended.stderr
+    assert "Traceback" not in ended.output
+    assert not list(tmp_path.iterdir())
+
+
+# How it measures.
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_sides_take_turns_on_the_same_pixels_and_parameters(monkeypatch: pytest.MonkeyPatch, options: Options) -> None:
+    seen: list[tuple[str, int, int]] = []
+    models: list[LlavaForConditionalGeneration] = []
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append((EAGER if is_reference() else FUSED, inputs[0].data_ptr(), next(module.parameters()).data_ptr()))
+
+    def load(*arguments: object) -> subject.Subject:
+        prepared = prepare(options)
+
+        def build() -> LlavaForConditionalGeneration:
+            models.append(prepared.build())
+            models[0].model.vision_tower.register_forward_pre_hook(look)
+            return models[0]
+
+        return replace(prepared, build=build)
+
+    steps: list[str] = []
+    found = comparing.compare(options, load(), 2, steps.append)
+    # One pair to warm up and compare, then the timed pairs, each of which starts with another side.
+    assert [side for side, _, _ in seen] == [EAGER, FUSED, EAGER, FUSED, FUSED, EAGER]
+    assert len({pixels for _, pixels, _ in seen}) == 1
+    assert len({weights for _, _, weights in seen}) == 1
+    assert len(models) == 1
+    assert len(steps) == comparing.stage_count(2, found.subject.device)
+    assert {side: len(runs) for side, runs in found.runs.items()} == {EAGER: 2, FUSED: 2}
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_runs_stop_when_time_is_short_unless_asked_for(monkeypatch: pytest.MonkeyPatch, options: Options) -> None:
+    monkeypatch.setattr(comparing, "BUDGET_SECONDS", 0.0)
+    short = compared(options, runs=None)
+    assert len(short.runs[FUSED]) == len(short.runs[EAGER]) == 1
+    assert any("1 of 3 runs" in note for note in short.notes)
+    assert len(compared(options, runs=2).runs[FUSED]) == 2
+
+
+def test_the_answer_is_what_generate_gives(options: Options) -> None:
+    prepared = prepare(options)
+    model = prepared.build()
+    run = measure.answer(model, prepared.inputs, "reference", 12, prepared.device)
+    never = model.generation_config.suppress_tokens
+    assert never == [model.config.image_token_index]
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, suppress_tokens=never, pad_token_id=0)
+    # Without an end-of-sequence token `generate` does not stop early either.
+    model.generation_config.eos_token_id = None
+    with mra_kernels.use_backend("reference"):
+        expected = model.generate(**prepared.inputs, generation_config=settings)
+    assert run.tokens == expected[0, prepared.inputs["input_ids"].shape[1] :].tolist()
+    assert len(run.margins) == 12
+    assert all(margin > 0 for margin in run.margins)
+
+
+def test_the_image_token_is_never_answered(options: Options) -> None:
+    prepared = prepare(options)
+    model = prepared.build()
+    image = model.config.image_token_index
+    with torch.no_grad():
+        # Its zero row would win: every other logit is negative.
+        model.lm_head.weight.zero_()
+        hidden = model.model.language_model.norm.weight
+        hidden.fill_(1.0)
+    run = measure.answer(model, prepared.inputs, "reference", 3, prepared.device)
+    assert image not in run.tokens
+
+
+def test_parts_cover_every_parameter_once(tiny_model: LlavaForConditionalGeneration) -> None:
+    parts = measure.parts_of(tiny_model)
+    tower = parts.pop(measure.TOWER)
+    assert tower == [tiny_model.model.vision_tower]
+    found = [id(p) for modules in parts.values() for module in modules for p in module.parameters()]
+    assert len(found) == len(set(found))
+    # The position embedding is a bare parameter, added between two modules.
+    rest = {name for name, p in tiny_model.named_parameters() if id(p) not in set(found)}
+    assert rest == {"model.vision_tower.low.position_embedding"}
+
+
+def test_parts_of_a_model_without_adapters() -> None:
+    assert "adapters" not in measure.parts_of(build_model(make_tiny_config(adapters=False)))
+
+
+def test_parts_add_up_and_leave_no_hooks(options: Options) -> None:
+    prepared = prepare(options)
+    model = prepared.build()
+    run = measure.answer(model, prepared.inputs, "auto", 2, prepared.device)
+    assert all(seconds > 0 for seconds in run.parts.values())
+    inside = ("stem", "stage 1", "stage 2", "stage 3", "stage 4", "ViT", "adapters", "merge")
+    assert sum(run.parts[name] for name in inside) <= run.parts[measure.TOWER] <= run.first_token
+    total = sum(seconds for name, seconds in run.parts.items() if name != measure.TOWER)
+    assert total == pytest.approx(run.first_token)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_outputs_are_the_towers_features_and_every_logit(options: Options) -> None:
+    prepared = prepare(options)
+    model = prepared.build()
+    found = measure.outputs(model, prepared.inputs, "reference")
+    with torch.no_grad(), mra_kernels.use_backend("reference"):
+        features = model.model.vision_tower(prepared.inputs["pixel_values"]).last_hidden_state
+        logits = model(**prepared.inputs).logits
+    assert torch.equal(found.vision_features, features)
+    assert torch.equal(found.logits, logits)
+
+
+def test_peak_memory_of_a_failing_process_is_a_result(options: Options, tmp_path: Path) -> None:
+    peak = measure_peak(replace(options, model=str(tmp_path / "gone")), "reference")
+    assert peak.peak is None
+    assert "gone" in str(peak.problem)
+
+
+def test_timed_parts_add_repeated_calls_and_start_again() -> None:
+    layer = nn.Linear(4, 4)
+    with timing.timed_parts({"layer": [layer], "other": [nn.Linear(4, 4)]}, torch.device("cpu")) as take:
+        assert take() == {"layer": 0, "other": 0}
+        layer(torch.ones(1, 4))
+        once = take()
+        assert once["layer"] > 0
+        assert once["other"] == 0
+        assert take()["layer"] == 0
+
+
+def test_spread() -> None:
+    assert timing.spread([3.0]) == timing.Spread(3.0, 3.0, 3.0)
+    assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == timing.Spread(3.5, 2.0, 5.0)
+
+
+# How it judges.
+
+
+def a_run(tokens: list[int], margins: list[float]) -> measure.Run:
+    return measure.Run(1.0, 1.0, {}, tokens, margins)
+
+
+def judged(eager: measure.Run, fused: measure.Run, dtype: torch.dtype, factor: float = 1.0) -> judge.Agreement:
+    made = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 4, 8, generator=made)
+    logits = torch.randn(1, 6, 9, generator=made)
+    outputs = measure.Outputs(features, logits)
+    return judge.judge(outputs, measure.Outputs(features * factor, logits), [eager], [fused], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_features_are_held_to_the_dtypes_tolerance(dtype: torch.dtype) -> None:
+    same = a_run([1, 2], [1.0, 1.0])
+    allowed = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+    assert not judged(same, same, dtype, 1 + 0.9 * allowed).failures
+    assert judged(same, same, dtype, 1 + 1.1 * allowed).failures
+    assert judged(same, same, dtype, float("nan")).failures
+
+
+def test_float32_tokens_must_all_be_equal() -> None:
+    eager, fused = a_run([1, 2, 3], [1.0, 1e-9, 1.0]), a_run([1, 7, 3], [1.0, 1.0, 1.0])
+    found = judged(eager, fused, torch.float32)
+    assert found.first_difference == 1
+    assert "from token 2 on" in found.failures[0]
+
+
+def test_bfloat16_tokens_count_up_to_eagers_first_tie() -> None:
+    fused = a_run([1, 7, 3], [1.0, 1.0, 1.0])
+    tied = judged(a_run([1, 2, 3], [1.0, 1e-3, 1.0]), fused, torch.bfloat16)
+    assert (tied.compared, tied.first_difference, tied.failures) == (1, 1, ())
+    later = judged(a_run([1, 2, 3], [1.0, 1.0, 1e-3]), fused, torch.bfloat16)
+    assert later.compared == 2
+    assert later.failures
+    # Fused's own ties excuse nothing.
+    assert judged(a_run([1, 2], [1.0, 1.0]), a_run([1, 7], [1.0, 1e-9]), torch.bfloat16).failures
+
+
+def test_relative_difference() -> None:
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 5.0])
+    assert judge.relative_difference(a, b) == pytest.approx(10**0.5 / 5)
+    assert judge.relative_difference(b, b) == 0
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_slower_parts_are_named(options: Options) -> None:
+    found = compared(options)
+    slow = {name: 2 * seconds for name, seconds in found.runs[EAGER][0].parts.items()}
+    fused = replace(found.runs[EAGER][0], parts=slow, first_token=0.5 * found.runs[EAGER][0].first_token)
+    line = result.verdict(replace(found, runs={EAGER: found.runs[EAGER], FUSED: [fused]}))
+    assert "2.00x as fast to the first token" in line
+    assert "adapters 0.50x" in line
+    # What no kernel of ours touches is noise, not a loss.
+    assert "projector" not in line
+
+
+# What it is given.
+
+
+def test_a_model_with_a_tokenizer_gets_the_prompt_at_any_size(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(data_dir / "llava_data")
+    processor = build_processor(tokenizer, 128, grid=4)
+    build_model(make_tiny_config()).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for side, grid in ((128, 4), (256, 8)):
+        prepared = prepare(Options(model=str(tmp_path), prompt="Which animal?", size=side, device="cpu"))
+        ids = prepared.inputs["input_ids"][0]
+        assert int((ids == 640).sum()) == grid**2
+        assert prepared.inputs["pixel_values"].shape == (1, 3, side, side)
+        assert prepared.inputs["pixel_values"].dtype == torch.float32
+        assert "USER: \nWhich animal? ASSISTANT:" in tokenizer.decode(ids[ids != 640])
+        assert prepared.notes == []
+
+
+def test_fixed_token_ids_stand_for_a_prompt(options: Options) -> None:
+    ids = prepare(options).inputs["input_ids"][0].tolist()
+    assert ids[0] == 1
+    assert ids.count(640) == 16
+    assert all(3 <= token < 640 for token in ids[1:] if token != 640)
+    with pytest.raises(ValueError, match="no processor"):
+        prepare(replace(options, prompt="Why?"))
+
+
+def test_without_photo_and_repository_a_picture_is_drawn(monkeypatch: pytest.MonkeyPatch, options: Options) -> None:
+    photo = prepare(options)
+    assert photo.picture == subject.PHOTO
+    monkeypatch.setattr(subject, "checkout", lambda: None)
+    drawn = prepare(options)
+    assert drawn.picture == "drawn"
+    assert any("--image" in note for note in drawn.notes)
+    pixels = drawn.inputs["pixel_values"]
+    assert not torch.equal(pixels, photo.inputs["pixel_values"])
+    assert pixels.std() > 0.5
+
+
+def test_the_default_is_the_full_size_tower() -> None:
+    prepared = prepare(Options(device="cpu"))
+    assert (prepared.name, prepared.side) == ("llava-hr-cpu", 1024)
+    assert prepared.inputs["pixel_values"].shape == (1, 3, 1024, 1024)
+    assert int((prepared.inputs["input_ids"] == 640).sum()) == 1024
+    assert any("random weights" in note for note in prepared.notes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.usefixtures("no_peaks")
+def test_on_a_gpu_parts_are_timed_by_events(options: Options) -> None:
+    found = compared(replace(options, device="cuda"), runs=2)
+    assert not found.agreement.failures
+    assert all(seconds > 0 for run in found.runs[FUSED] for name, seconds in run.parts.items() if name != measure.REST)
