@@ -150,6 +150,17 @@ def nvcc() -> dict[str, str] | None:
     return {"path": path, "version": release.strip()}
 
 
+def busy_seconds() -> float | None:
+    """CPU seconds that all programs together have used since the system started; None where it does not tell."""
+    file = Path("/proc/stat")
+    if not file.is_file():
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal; what a hypervisor took counts as used by others.
+    fields = [int(field) for field in file.read_text().split("\n", 1)[0].split()[1:9]]
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
+
+
 def checkout() -> Path | None:
     """The root of the repository that this package runs from; None where it was installed from a wheel."""
     root = Path(__file__).resolve().parents[1]

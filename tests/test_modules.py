@@ -265,7 +265,7 @@ CASES: list[tuple[Callable[[], nn.Module], list[tuple[int, ...]], list[tuple[int
     (lambda: randomize(MRAdapter(12, 10)), [(2, 7, 9, 12), (2, 4, 5, 10)], [(3, 11, 13, 12), (3, 5, 6, 10)]),
     (lambda: randomize(MRAdapter(12, 10)), [(2, 6, 5, 12), (2, 6, 5, 10)], [(3, 9, 7, 12), (3, 9, 7, 10)]),
     (lambda: randomize(Merge(12, 10)), [(2, 7, 9, 12), (2, 4, 5, 10)], [(3, 11, 13, 12), (3, 5, 6, 10)]),
-    (tiny_trunk, [(2, 3, 96, 128)], [(4, 3, 64, 160)]),
+    (lambda: randomize(ConvNeXt((8, 12), (1, 1))), [(2, 3, 48, 64)], [(4, 3, 32, 80)]),
 ]
 
 

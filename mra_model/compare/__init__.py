@@ -14,11 +14,12 @@ from transformers import LlavaForConditionalGeneration
 from mra_kernels import use_backend
 from mra_kernels.dispatch import choose
 from mra_kernels.ops import OPS
-from mra_model.compare.judge import judge
+from mra_model.compare.agreement import judge
 from mra_model.compare.measure import Run, answer, outputs
 from mra_model.compare.peak import measure_peak
 from mra_model.compare.result import EAGER, FUSED, SIDES, Comparison, to_json
 from mra_model.compare.subject import Options, Subject, prepare
+from mra_model.environment import busy_seconds
 
 # Tokens of an answer, the first included.
 NEW_TOKENS = 64
@@ -29,8 +30,8 @@ DEFAULT_RUNS = {"cpu": 3, "cuda": 10}
 # at 16 s for a forward pass, keeps the whole command under three minutes.
 BUDGET_SECONDS = 150.0
 
-# Above this load, as a share of the cores, times of a CPU say little.
-BUSY_SHARE = 0.5
+# Where other programs use more than this share of the processor, a CPU's times say little.
+BUSY_SHARE = 0.1
 
 Stage = Callable[[str], None]
 
@@ -54,7 +55,6 @@ def compare(
     started = time.perf_counter() if started is None else started
     names = side_backends()
     backends = {side: served_by(names[side], subject.device, subject.dtype) for side in SIDES}
-    busy = _busy_note(subject.device)
     peaks = {}
     for side in SIDES:
         stage(f"peak memory, {side}")
@@ -67,7 +67,7 @@ def compare(
         found[side] = outputs(model, subject.inputs, names[side])
     timed, notes = _timed_runs(model, subject, names, runs, stage, started)
     agreement = judge(found[EAGER], found[FUSED], timed[EAGER], timed[FUSED], subject.dtype)
-    return Comparison(subject, backends, agreement, timed, peaks, [*subject.notes, *busy, *notes])
+    return Comparison(subject, backends, agreement, timed, peaks, [*subject.notes, *notes])
 
 
 def stage_count(runs: int | None, device: torch.device) -> int:
@@ -123,6 +123,8 @@ def _timed_runs(
         for side in SIDES:
             answer(model, subject.inputs, names[side], NEW_TOKENS, subject.device)
     timed: dict[str, list[Run]] = {side: [] for side in SIDES}
+    notes = []
+    neighbors = _Neighbors()
     for index in range(wanted):
         begin = time.perf_counter()
         for side in SIDES if index % 2 == 0 else SIDES[::-1]:
@@ -131,16 +133,27 @@ def _timed_runs(
         end = time.perf_counter()
         if runs is None and index + 1 < wanted and 2 * end - begin - started > BUDGET_SECONDS:
             done = index + 1
-            return timed, [f"{done} of {wanted} runs, as more would take too long; --runs {wanted} does them all"]
-    return timed, []
+            notes.append(f"{done} of {wanted} runs, as more would take too long; --runs {wanted} does them all")
+            break
+    return timed, notes + neighbors.note()
 
 
-def _busy_note(device: torch.device) -> list[str]:
-    """A warning where other programs use the processor that is to be measured."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if device.type != "cpu" or load < BUSY_SHARE * cores:
-        return []
-    return [f"the machine was busy at the start (load {load:.1f} on {cores} cores): times are unreliable"]
+class _Neighbors:
+    """How much of the processor other programs use, from its making on."""
+
+    def __init__(self) -> None:
+        self._begin = (busy_seconds(), time.process_time(), time.perf_counter())
+
+    def note(self) -> list[str]:
+        """A warning, where it is more than `BUSY_SHARE` and the system tells."""
+        busy, begun = busy_seconds(), self._begin[0]
+        if busy is None or begun is None:
+            return []
+        own, wall = time.process_time() - self._begin[1], time.perf_counter() - self._begin[2]
+        share = (busy - begun - own) / (wall * (os.cpu_count() or 1))
+        if share <= BUSY_SHARE:
+            return []
+        return [f"other programs used {share:.0%} of the processor during the runs: the times are unreliable"]
 
 
 __all__ = [

@@ -15,8 +15,11 @@ from mra_model.timing import synchronize, timed_parts
 TOWER = "vision tower"
 REST = "rest"
 
-# Parts that no backend changes; a difference in their times is the machine's noise.
-SAME_CODE = ("ViT", "projector", "language model", REST)
+FIRST_TOKEN = "first token"
+NEXT_TOKENS = "next tokens"
+
+# What no backend changes: a difference in these times is the machine's noise.
+SAME_CODE = ("ViT", "projector", "language model", REST, NEXT_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def _lines(comparison: Comparison) -> list[str]:
     lines.append(f"fused kernels: {', '.join(fast) or 'none'}; {rest} of {len(served)} ops run on the reference")
     same = [gain for name, gain in speed_ups(comparison).items() if name in SAME_CODE]
     lines.append(
-        f"{', '.join(SAME_CODE)} are the same code on both sides: their {min(same):.2f}x to {max(same):.2f}x is noise"
+        f"the same code on both sides: {', '.join(SAME_CODE)}; their {min(same):.2f}x to {max(same):.2f}x is noise"
     )
     weights = comparison.peaks[EAGER].weights
     if weights is not None:
