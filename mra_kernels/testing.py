@@ -278,8 +278,8 @@ def _every_second(x: Tensor) -> Tensor:
 
 
 def _expanded(x: Tensor) -> Tensor:
-    """The first element of each row, repeated with stride 0: what the backward of a sum hands on. Changes values."""
-    return x[..., :1].expand(x.shape)
+    """The first picture repeated with stride 0, as a broadcast makes it. Changes values."""
+    return x[:1].expand(x.shape)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -161,12 +161,14 @@ def _sensitivity(
 
 
 def make_grad_outputs(op: str, inputs: Inputs, seed: int = 1, layout: str = "contiguous") -> Outputs:
-    """Random gradients of the public outputs, in their shapes and dtypes."""
+    """Gradients of the public outputs, in their shapes and dtypes; random, but for `expanded`."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for output in call(op, "reference", inputs):
-        values = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        made.append(LAYOUTS[layout](values.to(output.device, output.dtype)))
+        values = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device, output.dtype)
+        # The backward of a sum hands on one number with stride 0 everywhere.
+        expanded = values.new_full((), 0.7).expand(values.shape)
+        made.append(expanded if layout == "expanded" else LAYOUTS[layout](values))
     return tuple(made)
 
 
@@ -205,8 +207,9 @@ def check(op: str, route: Route, inputs: Inputs, grad_outputs: Outputs, wanted: 
 
 
 def lay_out(inputs: Inputs, layout: str) -> Inputs:
-    """Every tensor in another memory layout; the values stay, except for `expanded`."""
-    return {n: LAYOUTS[layout](v) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+    """Every tensor in another memory layout; `expanded` is for maps alone, since a parameter has no batch."""
+    moved = [n for n, v in inputs.items() if isinstance(v, Tensor) and (layout != "expanded" or n in DATA)]
+    return inputs | {n: LAYOUTS[layout](inputs[n]) for n in moved}
 
 
 def backward_arguments(op: str, backend: str, inputs: Inputs, grad_outputs: Outputs) -> list[Any]:

@@ -51,7 +51,9 @@ def _table(comparison: Comparison) -> Table:
     table.add_section()
     _add_times(table, "time to first token", comparison, lambda run: run.first_token)
     rates = [spread([run.tokens_per_second for run in comparison.runs[side]]) for side in SIDES]
-    table.add_row("tokens/s after it", *(_shown(rate) for rate in rates), _gain(rates[1].median / rates[0].median))
+    table.add_row(
+        "tokens/s after it", *(_shown(rate) for rate in rates), _gain(rates[1].median / rates[0].median, True)
+    )
     table.add_section()
     table.add_row("peak memory", *_memory(comparison.peaks))
     return table
@@ -61,7 +63,7 @@ def _add_times(
     table: Table, name: str, comparison: Comparison, of: Callable[[Run], float], end_section: bool = False
 ) -> None:
     sides = [spread([of(run) * 1e3 for run in comparison.runs[side]]) for side in SIDES]
-    ratio = _gain(speed_up(comparison, of))
+    ratio = _gain(speed_up(comparison, of), name in SAME_CODE)
     table.add_row(name, *(_shown(side) for side in sides), ratio, end_section=end_section)
 
 
@@ -73,8 +75,10 @@ def _shown(value: Spread) -> str:
     return f"{value.median:.{digits}f} ({value.p20:.{digits}f}-{value.p80:.{digits}f})"
 
 
-def _gain(ratio: float) -> str:
+def _gain(ratio: float, same_code: bool) -> str:
     text = f"{ratio:.2f}x"
+    if same_code:
+        return f"[dim]{text} same code[/dim]"
     if ratio < 1 - EVEN:
         return f"[red]{text} slower[/red]"
     return f"[green]{text}[/green]" if ratio > 1 + EVEN else text
