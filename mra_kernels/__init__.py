@@ -4,6 +4,7 @@ The nine ops of `mra_kernels.ops` are plain functions over channels-last tensors
 parameters. `build_info()` works without torch, so that a wheel can be inspected where torch is not installed.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +37,7 @@ def build_info() -> dict[str, Any]:
     Raises:
         ImportError: the extension is absent or does not load.
     """
-    from mra_kernels import _C
-
-    return _C.build_info()
+    return import_module("mra_kernels._C").build_info()
 
 
 __all__ = [

@@ -48,13 +48,28 @@ def parse_preference(text: str, source: str) -> tuple[str, ...]:
     return names
 
 
-def _from_environment() -> tuple[str, ...] | None:
+def _from_environment() -> tuple[tuple[str, ...] | None, str | None]:
+    """What `MRA_BACKEND` chooses, or what is wrong with it: the first call says so, not the import."""
     text = os.environ.get("MRA_BACKEND")
-    return parse_preference(text, "MRA_BACKEND") if text else None
+    try:
+        return (parse_preference(text, "MRA_BACKEND") if text else None), None
+    except ValueError as error:
+        return None, str(error)
 
 
 # A plain global, because torch.compile guards on it and so recompiles when it changes.
-_preference: tuple[str, ...] | None = _from_environment()
+_preference, _wrong_environment = _from_environment()
+
+
+def preference() -> tuple[str, ...] | None:
+    """The backends chosen explicitly, in order; None for the automatic choice.
+
+    Raises:
+        ValueError: `MRA_BACKEND` names no backend.
+    """
+    if _wrong_environment is not None:
+        raise ValueError(_wrong_environment)
+    return _preference
 
 
 @contextmanager
@@ -66,7 +81,7 @@ def use_backend(name: str) -> Iterator[None]:
         BackendUnavailable: from the op itself, when the backend cannot serve it.
     """
     global _preference
-    previous = _preference
+    previous = preference()
     _preference = None if name == "auto" else parse_preference(name, "backend")
     try:
         yield
@@ -76,7 +91,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def is_reference() -> bool:
     """True where the reference is chosen for everything: modules then compute as the paper writes it."""
-    return _preference == ("reference",)
+    return preference() == ("reference",)
 
 
 def choose(op: str, backends: Mapping[str, Backend | str], device: torch.device, dtype: torch.dtype) -> str:
@@ -85,21 +100,20 @@ def choose(op: str, backends: Mapping[str, Backend | str], device: torch.device,
     Raises:
         BackendUnavailable: none of the explicitly chosen backends can serve.
     """
+    chosen = preference()
     reasons = []
-    for name in _preference or AUTOMATIC:
+    for name in chosen or AUTOMATIC:
         reason = why_not(backends, name, device, dtype)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
     raise BackendUnavailable(
         f"{op} cannot run on the chosen backend ({'; '.join(reasons)}). "
-        f"Choose another, or allow a second one: MRA_BACKEND={','.join(_preference or ())},reference"
+        f"Choose another, or allow a second one: MRA_BACKEND={','.join(chosen or ())},reference"
     )
 
 
-def why_not(
-    backends: Mapping[str, Backend | str], name: str, device: torch.device, dtype: torch.dtype
-) -> str | None:
+def why_not(backends: Mapping[str, Backend | str], name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None when backend `name` serves this device and dtype, otherwise the reason why not."""
     if name == "reference":
         return None

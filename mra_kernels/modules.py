@@ -52,7 +52,7 @@ class Stem(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """ConvNeXt block: depthwise 7x7, LayerNorm, MLP of 4x with GELU, layer scale, residual. [B, H, W, C] -> the same."""
+    """ConvNeXt block: depthwise 7x7, LayerNorm, MLP of 4x with GELU, layer scale, residual. -> [B, H, W, C]."""
 
     def __init__(self, channels: int, eps: float = 1e-6, layer_scale_init: float = 1e-6) -> None:
         super().__init__()
@@ -267,10 +267,8 @@ class Merge(nn.Module):
 
 
 def resample_mean_weights(source: Sequence[int], target: Sequence[int], like: Tensor) -> Tensor:
-    """The weight of each source position in the mean over the resampled grid: [H' * W'], in dtype and device of `like`."""
-    rows, columns = (
-        _mean_weights(size, onto, like) for size, onto in zip(source, target, strict=True)
-    )
+    """The weight of each source position in the mean over the resampled grid: [H' * W'], dtype and device of `like`."""
+    rows, columns = (_mean_weights(size, onto, like) for size, onto in zip(source, target, strict=True))
     return torch.outer(rows, columns).flatten()
 
 

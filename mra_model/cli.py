@@ -44,6 +44,8 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write everything, eve
 def _start() -> None:
     """LLaVA-HR with fused kernels: inspect, convert, ask, compare."""
     logging.disable_progress_bar()
+    with _one_line(WRONG_OPTION, ValueError):
+        mra_kernels.dispatch.preference()
 
 
 @app.command()

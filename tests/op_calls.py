@@ -100,9 +100,7 @@ class Solution:
     grads: dict[str, Tensor]
 
 
-def solve(
-    function: Callable[[Inputs], Outputs], inputs: Inputs, grad_outputs: Outputs, wanted: list[str]
-) -> Solution:
+def solve(function: Callable[[Inputs], Outputs], inputs: Inputs, grad_outputs: Outputs, wanted: list[str]) -> Solution:
     """Runs forward and backward; `wanted` names the inputs that require a gradient."""
     leaves = {n: v.detach() if isinstance(v, Tensor) else v for n, v in inputs.items()}
     for name in wanted:
@@ -124,17 +122,13 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) else value
 
 
-def solve_exactly(
-    op: str, inputs: Inputs, grad_outputs: Outputs, wanted: list[str], **options: bool
-) -> Solution:
+def solve_exactly(op: str, inputs: Inputs, grad_outputs: Outputs, wanted: list[str], **options: bool) -> Solution:
     """The same problem in float64, by the op as it is written out in `oracle`."""
     exact = {n: _double(v) for n, v in inputs.items()}
     return solve(partial(_written_out, op, **options), exact, tuple(g.double() for g in grad_outputs), wanted)
 
 
-def _sensitivity(
-    op: str, inputs: Inputs, grad_outputs: Outputs, wanted: list[str], exact: Solution
-) -> Solution:
+def _sensitivity(op: str, inputs: Inputs, grad_outputs: Outputs, wanted: list[str], exact: Solution) -> Solution:
     """How far results move, per relative change, when every input moves at random; and what a LayerNorm cancels."""
     step = 1e-6
     generator = torch.Generator().manual_seed(5)
@@ -216,7 +210,9 @@ def backward_arguments(op: str, backend: str, inputs: Inputs, grad_outputs: Outp
     """What `torch.ops.mra.<op>_backward` takes before `needs` and the backend, statistics from a forward included."""
     outputs = getattr(torch.ops.mra, op)(*inputs.values(), backend)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    named = inputs | dict(zip([r.name for r in getattr(torch.ops.mra, op).default._schema.returns], outputs, strict=True))
+    named = inputs | dict(
+        zip([r.name for r in getattr(torch.ops.mra, op).default._schema.returns], outputs, strict=True)
+    )
     named |= {f"grad_{n}": g for n, g in zip(public_outputs(op, inputs), grad_outputs, strict=True)}
     schema = getattr(torch.ops.mra, f"{op}_backward").default._schema
     return [named.get(argument.name) for argument in schema.arguments[:-2]]

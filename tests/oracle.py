@@ -1,6 +1,6 @@
 """The nine ops written out by hand, for float64: nothing here shares code with what is tested.
 
-Convolutions are sums of shifted maps, norms are their formulas, a resize gathers its two neighbours. `uncentered` leaves
+Convolutions are sums of shifted maps, norms their formulas, a resize gathers its two neighbors. `uncentered` leaves
 out what a LayerNorm subtracts, forward and backward: the result is the size of the terms that cancel in the true one.
 """
 
@@ -54,9 +54,7 @@ def depthwise_conv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor
     return y, y.mean((1, 2)), x.mean((1, 2))
 
 
-def norm_patchify(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, uncentered: bool = False
-) -> Tensor:
+def norm_patchify(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, uncentered: bool = False) -> Tensor:
     y = layer_norm(x, norm_weight, norm_bias, eps, uncentered)
     height, width = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
     quarters = [y[:, dy:height:2, dx:width:2] for dy in (0, 1) for dx in (0, 1)]
@@ -79,18 +77,14 @@ def patch_conv_norm(
     return layer_norm(y, norm_weight, norm_bias, eps, uncentered)
 
 
-def linear_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None
-) -> Tensor | tuple[Tensor, Tensor]:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     y = gelu(linear(x, weight, bias))
     if mean_weights is None:
         return y
     return y, (y.flatten(1, -2) * mean_weights[:, None]).sum(1)
 
 
-def linear_scale_residual(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor
-) -> Tensor:
+def linear_scale_residual(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
     y = linear(x, weight, bias)
     return residual + (y if scale is None else scale * y)
 

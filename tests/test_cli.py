@@ -1,6 +1,7 @@
 """The command `mra`: what it prints, how it ends, and that wrong input ends in one clear line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -219,3 +220,12 @@ def test_default_dtype_follows_the_processor(
     monkeypatch.setattr(environment, "instruction_sets", lambda: flags)
     assert environment.default_dtype(torch.device("cpu")) == expected
     assert environment.default_dtype(torch.device("cuda")) == torch.bfloat16
+
+
+def test_wrong_backend_variable_is_one_line() -> None:
+    environment = os.environ | {"MRA_BACKEND": "nonsense"}
+    command = [sys.executable, "-m", "mra_model.cli", "doctor"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: MRA_BACKEND='nonsense'")
+    assert "Traceback" not in result.stderr

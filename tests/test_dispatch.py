@@ -144,9 +144,7 @@ def test_extension_absent_and_broken_are_different(monkeypatch: pytest.MonkeyPat
         ("meta", torch.float32, "no native kernels for device type meta"),
     ],
 )
-def test_native_reasons(
-    device: str, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_native_reasons(device: str, dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "PROBLEM", None)
     assert _extension.unsupported(torch.device(device), dtype, (torch.float32,)) == reason
 

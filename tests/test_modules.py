@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mra_kernels
-from mra_kernels.modules import ConvNeXt, ConvNeXtBlock, MRAdapter, Merge, Stem, resample_mean_weights
+from mra_kernels.modules import ConvNeXt, ConvNeXtBlock, Merge, MRAdapter, Stem, resample_mean_weights
 from mra_kernels.reference.gated_resample_add import resample
 from mra_kernels.testing import relative_error
 
@@ -24,7 +24,13 @@ CONVNEXT_FILES = ("convnext_large", "convnext_xxlarge")
 
 # The authors' names, in the order in which they are replaced.
 RENAMES = {
-    "adapter": (("fast_", "low_"), ("slow_", "high_"), (r"gate\.0", "gate_up"), (r"gate\.2", "gate_down"), (r"\.", "_")),
+    "adapter": (
+        ("fast_", "low_"),
+        ("slow_", "high_"),
+        (r"gate\.0", "gate_up"),
+        (r"gate\.2", "gate_down"),
+        (r"\.", "_"),
+    ),
     "merge": ((r"fast_proj\.", "low_"), (r"slow_proj\.", "high_")),
     "convnext": (
         (r"stem\.0\.", "stem."),
@@ -56,7 +62,7 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def read(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(DATA / f"{name}.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def build(name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[nn.Module, str]:

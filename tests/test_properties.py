@@ -20,9 +20,7 @@ from mra_kernels.reference.gated_resample_add import resample
 from mra_kernels.testing import LAYOUTS, make_inputs
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "100"))
-PROFILE = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+PROFILE = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 batches = st.integers(0, 3)
 sides = st.integers(1, 12)

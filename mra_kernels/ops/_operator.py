@@ -82,9 +82,7 @@ class Operator:
         LIBRARY.impl(f"{name}_backward", self._run_backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mra::{name}", self._fake_forward, lib=LIBRARY)
         torch.library.register_fake(f"mra::{name}_backward", self._fake_backward, lib=LIBRARY)
-        torch.library.register_autograd(
-            f"mra::{name}", self._differentiate, setup_context=self._save, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"mra::{name}", self._differentiate, setup_context=self._save, lib=LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
         """The op as users call it: checked, cast under autocast, served by the chosen backend."""
@@ -173,7 +171,7 @@ class Operator:
         wanted = [n for n, need in zip(self._differentiable, needs, strict=True) if need]
         if self._added is not None:
             named = named | {self._added: torch.zeros_like(named[f"grad_{self._outputs[0]}"])}
-        leaves = {
+        leaves: dict[str, Any] = {
             n: named[n].detach().requires_grad_(n in wanted) if isinstance(named.get(n), Tensor) else named.get(n)
             for n in self._inputs
         }
@@ -251,7 +249,9 @@ class Operator:
 
 def _fresh(output: Tensor, inputs: Sequence[Any]) -> Tensor:
     """A functional op returns contiguous memory of its own."""
-    shared = any(isinstance(i, Tensor) and i.untyped_storage()._cdata == output.untyped_storage()._cdata for i in inputs)
+    shared = any(
+        isinstance(i, Tensor) and i.untyped_storage()._cdata == output.untyped_storage()._cdata for i in inputs
+    )
     return output.clone(memory_format=torch.contiguous_format) if shared else output.contiguous()
 
 

@@ -32,7 +32,7 @@ def _check(low: Tensor, high: Tensor, gate: Tensor) -> None:
     op = "gated_resample_add"
     check_map(op, "low", low)
     check_map(op, "high", high)
-    batch, height, width, channels = low.shape
+    batch, _, _, channels = low.shape
     if high.shape[0] != batch or high.shape[3] != channels:
         raise ValueError(
             f"{op}: high has shape {tuple(high.shape)}, but must be [{batch}, H', W', {channels}] beside low"

@@ -1,11 +1,20 @@
 """`linear_gelu`: a linear layer with GELU, and optionally a weighted mean of its output per picture."""
 
 import math
+from typing import overload
 
 from torch import Tensor
 
 from mra_kernels.ops._operator import Operator, accumulator_dtype, check_shape
 from mra_kernels.reference.linear_gelu import linear_gelu as reference
+
+
+@overload
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, mean_weights: None = None) -> Tensor: ...
+
+
+@overload
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_gelu(
@@ -27,11 +36,10 @@ def linear_gelu(
         ValueError: shapes that do not fit.
         TypeError: tensors of different dtypes.
     """
-    y, mean = _OP(x, weight, bias, mean_weights), None
-    if mean_weights is not None:
-        y, mean = y
-        return y, mean
-    return y if isinstance(y, Tensor) else y[0]
+    outputs = _OP(x, weight, bias, mean_weights)
+    if mean_weights is not None or isinstance(outputs, Tensor):
+        return outputs
+    return outputs[0]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None) -> None:

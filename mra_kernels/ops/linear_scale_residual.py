@@ -6,9 +6,7 @@ from mra_kernels.ops._operator import Operator, check_shape
 from mra_kernels.reference.linear_scale_residual import linear_scale_residual as reference
 
 
-def linear_scale_residual(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor
-) -> Tensor:
+def linear_scale_residual(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
     """residual + scale * (x W^T + b) (the ConvNeXt block's second half, with its layer scale).
 
     Args:
@@ -54,6 +52,9 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": "no native kernel yet: the library's product, then scale and sum", "triton": "no Triton kernel yet"},
+    backends={
+        "native": "no native kernel yet: the library's product, then scale and sum",
+        "triton": "no Triton kernel yet",
+    },
     added="residual",
 )

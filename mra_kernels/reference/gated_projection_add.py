@@ -14,6 +14,6 @@ def gated_projection_add(
     high_bias: Tensor,
     gate: Tensor,
 ) -> Tensor:
-    """low: [B, ..., N], hidden: [B, ..., K_l] and [B, ..., K_h], gate: [B] -> low + l W_l^T + b_l + g (h W_h^T + b_h)."""
+    """low: [B, ..., N], hidden: [B, ..., K_l], [B, ..., K_h], gate: [B] -> low + l W_l^T + b_l + g (h W_h^T + b_h)."""
     gate = gate.to(low.dtype).reshape(-1, *[1] * (low.dim() - 1))
     return low + F.linear(low_hidden, low_weight, low_bias) + gate * F.linear(high_hidden, high_weight, high_bias)

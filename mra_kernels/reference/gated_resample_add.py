@@ -11,7 +11,7 @@ def gated_resample_add(low: Tensor, high: Tensor, gate: Tensor) -> Tensor:
 
 
 def resample(x: Tensor, height: int, width: int) -> Tensor:
-    """x: [B, H', W', C] -> [B, height, width, C]: averaged where larger, bilinear with aligned corners where smaller."""
+    """x: [B, H', W', C] -> [B, height, width, C]: averaged where larger, bilinear, corners aligned, where smaller."""
     if x.shape[1:3] == (height, width):
         return x
     channels_first = x.permute(0, 3, 1, 2)

@@ -5,9 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None
-) -> Tensor | tuple[Tensor, Tensor]:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """x: [B, ..., K], weight: [N, K] -> y: [B, ..., N], and with mean_weights [L] also sum_l w_l y[b, l]: [B, N]."""
     y = F.gelu(F.linear(x, weight, bias))
     if mean_weights is None:
