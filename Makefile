@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test install properties check clean
 
@@ -10,28 +9,26 @@ demo: install
 	$(BIN)/mra compare
 
 test: install
-	$(PIP) -e '.[test]'
 	$(BIN)/python -m pytest tests
-
-# The package and its compiled extension, editable: the extension lies beside the sources.
-install: $(BIN)/python
-	$(PIP) -e .
-
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
 
 # 1,000 random shapes for each op; the tests draw 100.
 properties: install
-	$(PIP) -e '.[test]'
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_properties.py
 
 # What CI checks besides the tests: format, lint, types.
 check: install
-	$(PIP) '.[dev]'
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+
+# Editable, so that the compiled extension lies beside the sources; made anew when what it is built from changes.
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mra_kernels/_C.*.so
