@@ -13,7 +13,7 @@ test: install
 
 # 1,000 random shapes for each op; the tests draw 100.
 properties: install
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest tests/test_properties.py
+	PROPERTY_EXAMPLES=1000 $(BIN)/python -m pytest tests/test_properties.py
 
 # What CI checks besides the tests: format, lint, types.
 check: install

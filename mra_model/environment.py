@@ -12,7 +12,7 @@ import torch
 
 PACKAGES = ("mra-kernels", "torch", "triton", "transformers", "safetensors", "numpy", "pillow")
 
-DTYPES = {
+DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,

@@ -100,12 +100,9 @@ def build_processor(
     """
     if grid is None:
         grid = MraVisionConfig(image_size=image_size).grid
-    image_processor = LlavaImageProcessorPil(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}, do_pad=pad
-    )
     patch_size = max(image_size // grid, 1)
     return LlavaProcessor(
-        image_processor,
+        build_image_processor(image_size, pad),
         _prepare_tokenizer(tokenizer),
         patch_size=patch_size,
         vision_feature_select_strategy="full",
@@ -113,6 +110,13 @@ def build_processor(
         num_additional_image_tokens=grid**2 - (image_size // patch_size) ** 2,
         chat_template=CHAT_TEMPLATE,
         image_token=IMAGE_TOKEN,
+    )
+
+
+def build_image_processor(image_size: int, pad: bool = True) -> LlavaImageProcessorPil:
+    """The picture's half of `build_processor`, which needs no tokenizer."""
+    return LlavaImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}, do_pad=pad
     )
 
 

@@ -160,8 +160,8 @@ def make_grad_outputs(op: str, inputs: Inputs, seed: int = 1, layout: str = "con
     made = []
     for output in call(op, "reference", inputs):
         values = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device, output.dtype)
-        # The backward of a sum hands on one number with stride 0 everywhere.
-        expanded = values.new_full((), 0.7).expand(values.shape)
+        # The backward of a sum hands on a one with stride 0 everywhere.
+        expanded = values.new_ones(()).expand(values.shape)
         made.append(expanded if layout == "expanded" else LAYOUTS[layout](values))
     return tuple(made)
 

@@ -8,18 +8,23 @@
 namespace mra::cuda {
 namespace {
 
-constexpr int64_t kMaxGridY = 65535;
+constexpr int kMaxGridY = 65535;
 
+int to_int(int64_t size) { return static_cast<int>(size); }
+
+// After check_sizes, everything but an offset fits 32 bits.
 template <class T, class Arguments>
 High<T> high_of(const Arguments& a) {
+  const int low_height = to_int(a.height), low_width = to_int(a.width);
+  const int height = to_int(a.high_height), width = to_int(a.high_width);
   return {static_cast<const T*>(a.high),
-          a.high_height,
-          a.high_width,
-          a.channels,
-          a.high_height / a.height,
-          a.high_width / a.width,
-          bilinear_scale(a.high_height, a.height),
-          bilinear_scale(a.high_width, a.width)};
+          height,
+          width,
+          to_int(a.channels),
+          height / low_height,
+          width / low_width,
+          bilinear_scale(height, low_height),
+          bilinear_scale(width, low_width)};
 }
 
 template <class Arguments>
@@ -30,43 +35,44 @@ Mode mode_of(const Arguments& a) {
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// A row must fit 32-bit indices; the rows themselves are counted in 64 bits.
-void check_row(int64_t width, int64_t channels) {
-  if (width * channels >= INT32_MAX) {
-    throw std::runtime_error("gated_resample_add: a row of " + std::to_string(width) + " pixels with " +
-                             std::to_string(channels) + " channels has more than 2^31 elements");
+// A row's elements and the number of rows must fit 32 bits; the map as a whole need not.
+template <class Arguments>
+void check_sizes(const Arguments& a) {
+  const int64_t row = std::max(a.width, a.high_width) * a.channels;
+  const int64_t rows = a.batch * std::max(a.height, a.high_height);
+  if (row >= INT32_MAX || rows >= INT32_MAX) {
+    throw std::runtime_error("gated_resample_add: " + std::to_string(rows) + " rows of " + std::to_string(row) +
+                             " elements; each number must stay under 2^31. Split the batch or the channels.");
   }
 }
 
-dim3 grid_of(int64_t rows, int64_t width, int64_t vectors) {
-  return dim3(static_cast<unsigned>((width * vectors + kThreads - 1) / kThreads),
-              static_cast<unsigned>(std::min(rows, kMaxGridY)));
+dim3 grid_of(int rows, int64_t width, int vectors) {
+  return dim3(static_cast<unsigned>((width * vectors + kThreads - 1) / kThreads), std::min(rows, kMaxGridY));
 }
 
 template <class T, Mode kMode, int kCount>
 void forward(const GatedResampleAddForward& a) {
-  const auto vectors = static_cast<uint32_t>(a.channels / kCount);
-  const int64_t rows = a.batch * a.height;
+  const int vectors = to_int(a.channels / kCount), rows = to_int(a.batch * a.height);
   MRA_LAUNCH((gated_resample_add_kernel<T, kMode, kCount>), grid_of(rows, a.width, vectors), kThreads, 0,
              static_cast<cudaStream_t>(a.stream), static_cast<const T*>(a.low), high_of<T>(a), a.gate,
-             static_cast<T*>(a.y), rows, a.height, static_cast<uint32_t>(a.width), vectors);
+             static_cast<T*>(a.y), rows, to_int(a.height), to_int(a.width), vectors);
 }
 
 template <class T, Mode kMode, int kCount>
 void backward(const GatedResampleAddBackward& a) {
-  const auto vectors = static_cast<uint32_t>(a.channels / kCount);
+  const int vectors = to_int(a.channels / kCount);
   const auto stream = static_cast<cudaStream_t>(a.stream);
   const T* grad_y = static_cast<const T*>(a.grad_y);
   const High<T> high = high_of<T>(a);
   if (a.grad_high != nullptr) {
-    const int64_t rows = a.batch * a.high_height;
+    const int rows = to_int(a.batch * a.high_height);
     MRA_LAUNCH((gated_resample_add_high_gradient_kernel<T, kMode, kCount>), grid_of(rows, a.high_width, vectors),
-               kThreads, 0, stream, grad_y, high, a.gate, static_cast<T*>(a.grad_high), rows, a.height, a.width,
-               vectors);
+               kThreads, 0, stream, grad_y, high, a.gate, static_cast<T*>(a.grad_high), rows, to_int(a.height),
+               to_int(a.width), vectors);
   }
   if (a.grad_gate != nullptr) {
     MRA_LAUNCH((gated_resample_add_gate_partial_kernel<T, kMode, kCount>), static_cast<unsigned>(a.batch * a.height),
-               kThreads, 0, stream, grad_y, high, a.partial, a.height, static_cast<uint32_t>(a.width), vectors);
+               kThreads, 0, stream, grad_y, high, a.partial, to_int(a.height), to_int(a.width), vectors);
     MRA_LAUNCH(gated_resample_add_gate_kernel<kThreads>, static_cast<unsigned>(a.batch), kThreads, 0, stream, a.partial,
                a.grad_gate, a.height);
   }
@@ -106,7 +112,7 @@ void with_type(DType dtype, Mode mode, int64_t channels, bool addresses_aligned,
 
 void gated_resample_add_forward(const GatedResampleAddForward& a, int device) {
   if (a.batch == 0) return;
-  check_row(a.width, a.channels);
+  check_sizes(a);
   const DeviceGuard guard(device);
   with_type(a.dtype, mode_of(a), a.channels, aligned(a.low) && aligned(a.high) && aligned(a.y),
             [&](auto element, auto mode, auto count) {
@@ -116,7 +122,7 @@ void gated_resample_add_forward(const GatedResampleAddForward& a, int device) {
 
 void gated_resample_add_backward(const GatedResampleAddBackward& a, int device) {
   if (a.batch == 0) return;
-  check_row(std::max(a.width, a.high_width), a.channels);
+  check_sizes(a);
   const DeviceGuard guard(device);
   const bool addresses_aligned = aligned(a.grad_y) && aligned(a.high) && aligned(a.grad_high);
   with_type(a.dtype, mode_of(a), a.channels, addresses_aligned, [&](auto element, auto mode, auto count) {

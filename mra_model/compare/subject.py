@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mra_model.configuration_mra import MraVisionConfig
 from mra_model.environment import checkout, default_dtype, dtype_name, parse_device, parse_dtype
@@ -19,7 +18,7 @@ from mra_model.generation import PROCESSOR_FILE, chat_inputs, check_model_folder
 from mra_model.images import load_image
 from mra_model.memory import require_memory
 from mra_model.presets import build_model, preset_config
-from mra_model.processing_mra import build_processor
+from mra_model.processing_mra import build_image_processor, build_processor
 
 CPU_PRESET = "llava-hr-cpu"
 GPU_PRESET = "llava-hr-7b"
@@ -206,10 +205,7 @@ def _fixed_inputs(config: LlavaConfig, side: int, picture: Image.Image) -> dict[
     count = config.vision_config.grid_at(side) ** 2
     bos = 1 if text.bos_token_id is None else text.bos_token_id
     tokens = [bos, *ids[:half], *[image] * count, *ids[half:]]
-    image_processor = LlavaImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_pad=True
-    )
-    pixels = image_processor(picture, return_tensors="pt")["pixel_values"]
+    pixels = build_image_processor(side)(picture, return_tensors="pt")["pixel_values"]
     return {"input_ids": torch.tensor([tokens]), "pixel_values": pixels}
 
 

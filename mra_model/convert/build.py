@@ -16,11 +16,10 @@ from mra_model.convert.report import ConversionError, ConversionReport, some
 from mra_model.convert.sizes import naming
 from mra_model.convert.source import SENTENCEPIECE, Source
 from mra_model.convert.weights import StoredTensor
+from mra_model.environment import DTYPES
 from mra_model.memory import build_empty
 from mra_model.presets import generation_defaults, llava_config
 from mra_model.processing_mra import IMAGE_TOKEN, build_processor, load_tokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def write_model(
