@@ -113,7 +113,7 @@ def solve(function: Callable[[Inputs], Outputs], inputs: Inputs, grad_outputs: O
     return Solution(outputs, dict(zip(wanted, grads, strict=True)))
 
 
-def _written_out(op: str, inputs: Inputs, **options: bool) -> Outputs:
+def _written_out(op: str, options: dict[str, bool], inputs: Inputs) -> Outputs:
     outputs = getattr(oracle, op)(*inputs.values(), **options)
     return (outputs,) if isinstance(outputs, Tensor) else outputs
 
@@ -125,7 +125,7 @@ def _double(value: Any) -> Any:
 def solve_exactly(op: str, inputs: Inputs, grad_outputs: Outputs, wanted: list[str], **options: bool) -> Solution:
     """The same problem in float64, by the op as it is written out in `oracle`."""
     exact = {n: _double(v) for n, v in inputs.items()}
-    return solve(partial(_written_out, op, **options), exact, tuple(g.double() for g in grad_outputs), wanted)
+    return solve(partial(_written_out, op, options), exact, tuple(g.double() for g in grad_outputs), wanted)
 
 
 def _sensitivity(op: str, inputs: Inputs, grad_outputs: Outputs, wanted: list[str], exact: Solution) -> Solution:
@@ -179,7 +179,7 @@ def check(op: str, route: Route, inputs: Inputs, grad_outputs: Outputs, wanted: 
             actual.outputs[i],
             exact.outputs[i],
             route.dtype,
-            baseline=own and own.outputs[i],
+            baseline=own.outputs[i] if own else None,
             sensitivity=reaction.outputs[i],
             rows=max(1, y.numel() // max(1, exact.outputs[i].numel())),
             name=f"{op}: {name}",
@@ -191,7 +191,7 @@ def check(op: str, route: Route, inputs: Inputs, grad_outputs: Outputs, wanted: 
             grad,
             exact.grads[name],
             route.dtype,
-            baseline=own and own.grads[name],
+            baseline=own.grads[name] if own else None,
             gradient=True,
             sensitivity=reaction.grads[name],
             rows=1 if name in DATA else max(1, y.numel() // max(1, grad.shape[0])),

@@ -84,9 +84,8 @@ inline void pack_taps(const T* weight, float* taps, int64_t channels, bool flip)
   constexpr int kAll = kTaps * kTaps;
   std::memset(taps, 0, round_up(channels, kLanes) * kAll * sizeof(float));
   for (int64_t c = 0; c < channels; ++c) {
-    for (int t = 0; t < kAll; ++t) {
-      taps[(c / kLanes * kAll + t) * kLanes + c % kLanes] = load_one(weight + c * kAll + (flip ? kAll - 1 - t : t));
-    }
+    float* lane = taps + c / kLanes * kAll * kLanes + c % kLanes;
+    for (int t = 0; t < kAll; ++t) lane[t * kLanes] = load_one(weight + c * kAll + (flip ? kAll - 1 - t : t));
   }
 }
 

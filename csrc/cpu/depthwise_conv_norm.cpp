@@ -37,23 +37,26 @@ inline Statistics statistics(const float* values, int64_t channels, int64_t padd
 // What both directions need to compute the convolution, widened and padded once a call.
 template <class T>
 struct Convolution {
-  Scratch<float> taps, bias;
+  float *taps, *bias;
 
   Convolution(const void* weight, const void* bias_vector, int64_t channels)
-      : taps(kTaps * kTaps * round_up(channels, kLanes)), bias(round_up(channels, kLanes)) {
-    pack_taps(static_cast<const T*>(weight), taps.get(), channels, false);
-    pack_vector(static_cast<const T*>(bias_vector), bias.get(), channels);
+      : taps(thread_buffer<struct Taps>(kTaps * kTaps * round_up(channels, kLanes))),
+        bias(thread_buffer<struct Bias>(round_up(channels, kLanes))) {
+    pack_taps(static_cast<const T*>(weight), taps, channels, false);
+    pack_vector(static_cast<const T*>(bias_vector), bias, channels);
   }
 
-  // The tile's outputs, before the norm: out: [64, padded].
-  void run(const Map<const T>& x, const Tile& tile, float* out) const {
+  // The tile's outputs, before the norm: [64, padded], in a buffer of the calling thread.
+  float* run(const Map<const T>& x, const Tile& tile) const {
     const int64_t padded = x.padded();
+    float* out = thread_buffer<struct Outputs>(kTile * kTile * padded);
     alignas(64) Floats patch[kPatch * kPatch];
     for (int64_t c = 0; c < x.channels; c += kLanes) {
       load_patch<kPatch>(x, tile.b, tile.y - kPad, tile.x - kPad, c, patch);
-      conv_patch(patch, taps.get() + kTaps * kTaps * c, load(bias.get() + c), tile,
+      conv_patch(patch, taps + kTaps * kTaps * c, load(bias + c), tile,
                  [&](int row, int column, Floats v) { store(out + (row * kTile + column) * padded + c, v); });
     }
+    return out;
   }
 };
 
@@ -62,12 +65,11 @@ void forward(const DepthwiseConvNormForward& a) {
   const Map<const T> x{static_cast<const T*>(a.x), a.batch, a.height, a.width, a.channels};
   const int64_t channels = a.channels, padded = x.padded(), tasks = smaller(kTasks, x.tiles());
   const Convolution<T> convolution(a.weight, a.bias, channels);
-  Scratch<float> scale(padded), shift(padded), buffers(tasks * kTile * kTile * padded);
-  pack_vector(static_cast<const T*>(a.norm_weight), scale.get(), channels);
-  pack_vector(static_cast<const T*>(a.norm_bias), shift.get(), channels);
-  for_each_tile(x, tasks, a.threads, [&](int64_t task, const Tile& tile) {
-    float* conv = buffers.get() + task * kTile * kTile * padded;
-    convolution.run(x, tile, conv);
+  float *scale = thread_buffer<struct Scale>(padded), *shift = thread_buffer<struct Shift>(padded);
+  pack_vector(static_cast<const T*>(a.norm_weight), scale, channels);
+  pack_vector(static_cast<const T*>(a.norm_bias), shift, channels);
+  for_each_tile(x, tasks, a.threads, [&](int64_t, const Tile& tile) {
+    const float* conv = convolution.run(x, tile);
     for (int64_t i = 0; i < tile.rows * kTile; ++i) {
       if (i % kTile >= tile.columns) continue;
       const float* values = conv + i * padded;
@@ -76,7 +78,7 @@ void forward(const DepthwiseConvNormForward& a) {
       T* y = static_cast<T*>(a.y) + pixel * channels;
       for (int64_t c = 0; c < channels; c += kLanes) {
         const Floats normal = (load(values + c) - s.mean) * s.rstd;
-        store_first(y + c, normal * load(scale.get() + c) + load(shift.get() + c), channels - c);
+        store_first(y + c, normal * load(scale + c) + load(shift + c), channels - c);
       }
       a.mean[pixel] = s.mean;
       a.rstd[pixel] = s.rstd;
@@ -118,18 +120,17 @@ void conv_output_gradient(const DepthwiseConvNormBackward& a, int64_t tasks, T* 
   const Map<const T> x{static_cast<const T*>(a.x), a.batch, a.height, a.width, a.channels};
   const int64_t padded = x.padded();
   const Convolution<T> convolution(a.weight, a.bias, a.channels);
-  Scratch<float> scale(padded), buffers(tasks * kTile * kTile * padded);
-  pack_vector(static_cast<const T*>(a.norm_weight), scale.get(), a.channels);
+  float* scale = thread_buffer<struct Scale>(padded);
+  pack_vector(static_cast<const T*>(a.norm_weight), scale, a.channels);
   std::memset(partial, 0, tasks * 3 * padded * sizeof(float));
   for_each_tile(x, tasks, a.threads, [&](int64_t task, const Tile& tile) {
-    float* conv = buffers.get() + task * kTile * kTile * padded;
-    convolution.run(x, tile, conv);
+    const float* conv = convolution.run(x, tile);
     float* mine = partial + task * 3 * padded;
     const Sums sums{mine, mine + padded, mine + 2 * padded};
     for (int64_t i = 0; i < tile.rows * kTile; ++i) {
       if (i % kTile >= tile.columns) continue;
       const int64_t pixel = (tile.b * a.height + tile.y + i / kTile) * a.width + tile.x + i % kTile;
-      norm_backward(static_cast<const T*>(a.grad_y) + pixel * a.channels, conv + i * padded, scale.get(), a.mean[pixel],
+      norm_backward(static_cast<const T*>(a.grad_y) + pixel * a.channels, conv + i * padded, scale, a.mean[pixel],
                     a.rstd[pixel], a.channels, sums, grad_conv + pixel * a.channels);
     }
   });

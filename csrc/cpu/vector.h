@@ -113,6 +113,26 @@ class Scratch {
   T* data_;
 };
 
+// Memory for floats that a thread keeps from call to call, one piece for each `Use`: faulting in fresh pages can cost
+// more than the work on them. It grows and never shrinks; its contents do not outlive the call.
+template <class Use>
+inline float* thread_buffer(int64_t n) {
+  struct Buffer {
+    float* data = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  static thread_local Buffer buffer;
+  if (buffer.size < n) {
+    std::free(buffer.data);
+    buffer.size = 0;
+    buffer.data = static_cast<float*>(std::aligned_alloc(64, round_up(n * sizeof(float), 64)));
+    if (buffer.data == nullptr) throw std::bad_alloc();
+    buffer.size = n;
+  }
+  return buffer.data;
+}
+
 // Calls f with a value of the element type of `dtype`.
 template <class F>
 inline void with_type(DType dtype, F f) {
