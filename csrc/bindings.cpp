@@ -62,6 +62,12 @@ void depthwise_conv_norm_backward(uintptr_t grad_y, uintptr_t x, uintptr_t weigh
        pointer(grad_norm_bias), batch, height, width, channels, cpu_dtype_of(dtype), threads});
 }
 
+void linear_scale_residual_forward(uintptr_t y, uintptr_t scale, uintptr_t residual, int64_t rows, int64_t channels,
+                                   int dtype, int threads) {
+  mra::cpu::linear_scale_residual_forward(
+      {pointer(y), pointer(scale), pointer(residual), rows, channels, cpu_dtype_of(dtype), threads});
+}
+
 // device -1 is the CPU.
 void gated_resample_add_forward(uintptr_t low, uintptr_t high, uintptr_t gate, uintptr_t y, int64_t batch,
                                 int64_t height, int64_t width, int64_t channels, int64_t high_height,
@@ -121,6 +127,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_instruction_set", mra::cpu::select_instruction_set);
   m.def("depthwise_conv_norm_forward", depthwise_conv_norm_forward, unlocked);
   m.def("depthwise_conv_norm_backward", depthwise_conv_norm_backward, unlocked);
+  m.def("linear_scale_residual_forward", linear_scale_residual_forward, unlocked);
   m.def("gated_resample_add_forward", gated_resample_add_forward, unlocked);
   m.def("gated_resample_add_backward", gated_resample_add_backward, unlocked);
 }

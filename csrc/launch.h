@@ -43,6 +43,15 @@ struct DepthwiseConvNormBackward {
   int threads;
 };
 
+struct LinearScaleResidualForward {
+  void* y;               // [rows, N], the product x W^T + b; becomes residual + scale * y
+  const void* scale;     // [N], or null for 1
+  const void* residual;  // [rows, N]
+  int64_t rows, channels;
+  DType dtype;
+  int threads;
+};
+
 struct GatedResampleAddForward {
   const void* low;    // [B, H, W, C]
   const void* high;   // [B, H', W', C]
@@ -75,6 +84,7 @@ void select_instruction_set(const char* name);
 
 void depthwise_conv_norm_forward(const DepthwiseConvNormForward&);
 void depthwise_conv_norm_backward(const DepthwiseConvNormBackward&);
+void linear_scale_residual_forward(const LinearScaleResidualForward&);
 void gated_resample_add_forward(const GatedResampleAddForward&);
 void gated_resample_add_backward(const GatedResampleAddBackward&);
 }  // namespace cpu

@@ -4,12 +4,13 @@
 
 #include "launch.h"
 
-#define MRA_DECLARE(isa)                                               \
-  namespace isa {                                                      \
-  void depthwise_conv_norm_forward(const DepthwiseConvNormForward&);   \
-  void depthwise_conv_norm_backward(const DepthwiseConvNormBackward&); \
-  void gated_resample_add_forward(const GatedResampleAddForward&);     \
-  void gated_resample_add_backward(const GatedResampleAddBackward&);   \
+#define MRA_DECLARE(isa)                                                 \
+  namespace isa {                                                        \
+  void depthwise_conv_norm_forward(const DepthwiseConvNormForward&);     \
+  void depthwise_conv_norm_backward(const DepthwiseConvNormBackward&);   \
+  void linear_scale_residual_forward(const LinearScaleResidualForward&); \
+  void gated_resample_add_forward(const GatedResampleAddForward&);       \
+  void gated_resample_add_backward(const GatedResampleAddBackward&);     \
   }
 
 namespace mra::cpu {
@@ -27,14 +28,15 @@ struct Kernels {
   bool supported;
   decltype(&baseline::depthwise_conv_norm_forward) depthwise_conv_norm_forward;
   decltype(&baseline::depthwise_conv_norm_backward) depthwise_conv_norm_backward;
+  decltype(&baseline::linear_scale_residual_forward) linear_scale_residual_forward;
   decltype(&baseline::gated_resample_add_forward) gated_resample_add_forward;
   decltype(&baseline::gated_resample_add_backward) gated_resample_add_backward;
 };
 
-#define MRA_KERNELS(isa, supported)                                                       \
-  Kernels {                                                                               \
-    #isa, supported, isa::depthwise_conv_norm_forward, isa::depthwise_conv_norm_backward, \
-        isa::gated_resample_add_forward, isa::gated_resample_add_backward                 \
+#define MRA_KERNELS(isa, supported)                                                                           \
+  Kernels {                                                                                                   \
+    #isa, supported, isa::depthwise_conv_norm_forward, isa::depthwise_conv_norm_backward,                     \
+        isa::linear_scale_residual_forward, isa::gated_resample_add_forward, isa::gated_resample_add_backward \
   }
 
 // From the widest to the narrowest.
@@ -72,6 +74,7 @@ void select_instruction_set(const char* name) {
 
 void depthwise_conv_norm_forward(const DepthwiseConvNormForward& a) { selected->depthwise_conv_norm_forward(a); }
 void depthwise_conv_norm_backward(const DepthwiseConvNormBackward& a) { selected->depthwise_conv_norm_backward(a); }
+void linear_scale_residual_forward(const LinearScaleResidualForward& a) { selected->linear_scale_residual_forward(a); }
 void gated_resample_add_forward(const GatedResampleAddForward& a) { selected->gated_resample_add_forward(a); }
 void gated_resample_add_backward(const GatedResampleAddBackward& a) { selected->gated_resample_add_backward(a); }
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from mra_kernels.native import linear_scale_residual as native
 from mra_kernels.ops._operator import Operator, check_shape
 from mra_kernels.reference.linear_scale_residual import linear_scale_residual as reference
 
@@ -52,9 +53,6 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={
-        "native": "no native kernel yet: the library's product, then scale and sum",
-        "triton": "no Triton kernel yet",
-    },
+    backends={"native": native.BACKEND, "triton": "no Triton kernel yet"},
     added="residual",
 )

@@ -19,7 +19,7 @@ from mra_model.compare.measure import Run, answer, outputs
 from mra_model.compare.peak import measure_peak
 from mra_model.compare.result import EAGER, FUSED, SIDES, Comparison, to_json
 from mra_model.compare.subject import Options, Subject, prepare
-from mra_model.environment import busy_seconds
+from mra_model.environment import busy_seconds, keep_freed_memory
 
 # Tokens of an answer, the first included.
 NEW_TOKENS = 64
@@ -55,10 +55,13 @@ def compare(
     started = time.perf_counter() if started is None else started
     names = side_backends()
     backends = {side: served_by(names[side], subject.device, subject.dtype) for side in SIDES}
+    conditions = []
     peaks = {}
     for side in SIDES:
         stage(f"peak memory, {side}")
         peaks[side] = measure_peak(options, names[side])
+    if subject.device.type == "cpu" and keep_freed_memory():
+        conditions.append("the allocator keeps freed memory on both sides, so that page faults do not decide")
     stage("building the model")
     model = subject.build()
     found = {}
@@ -67,7 +70,7 @@ def compare(
         found[side] = outputs(model, subject.inputs, names[side])
     timed, notes = _timed_runs(model, subject, names, runs, stage, started)
     agreement = judge(found[EAGER], found[FUSED], timed[EAGER], timed[FUSED], subject.dtype)
-    return Comparison(subject, backends, agreement, timed, peaks, [*subject.notes, *notes])
+    return Comparison(subject, backends, agreement, timed, peaks, [*subject.notes, *conditions, *notes])
 
 
 def stage_count(runs: int | None, device: torch.device) -> int:
