@@ -83,7 +83,6 @@ class Operator:
         torch.library.register_fake(f"mra::{name}", self._fake_forward, lib=LIBRARY)
         torch.library.register_fake(f"mra::{name}_backward", self._fake_backward, lib=LIBRARY)
         torch.library.register_autograd(f"mra::{name}", self._differentiate, setup_context=self._save, lib=LIBRARY)
-        torch.library.register_autograd(f"mra::{name}_backward", self._refuse, lib=LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
         """The op as users call it: checked, cast under autocast, served by the chosen backend."""
@@ -219,11 +218,6 @@ class Operator:
                 torch.empty_like(named[name], memory_format=torch.contiguous_format) if need else lead.new_empty(0)
                 for name, need in zip(self._differentiable, needs, strict=True)
             ]
-        )
-
-    def _refuse(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-        raise NotImplementedError(
-            f"mra::{self.name} has no second derivative; inside use_backend('reference') autograd has one"
         )
 
     @staticmethod
