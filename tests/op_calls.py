@@ -1,6 +1,7 @@
 """Calling an op every way it can be called, solving the same problem in float64, and comparing the two."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -255,6 +256,17 @@ class Bound(nn.Module):
 def is_data(name: str) -> bool:
     """What comes with each call of a module: maps, gates and weights of a mean."""
     return name in (*DATA, "gate", "mean_weights")
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Runs the block with this many threads of PyTorch, and of the kernels, which follow it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def devices() -> list[Any]:

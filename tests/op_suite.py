@@ -1,6 +1,6 @@
 """What every op must do, whichever it is: a test file names the op and its shapes and inherits the rest."""
 
-import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -20,6 +20,7 @@ from op_calls import (
     make_grad_outputs,
     routes,
     solve_exactly,
+    threads,
 )
 from op_transforms import TransformSuite
 from torch import Tensor
@@ -44,6 +45,12 @@ class OpSuite(TransformSuite):
     """
 
     shapes: ClassVar[list[tuple]]
+
+    @pytest.fixture(scope="class", autouse=True)
+    def _one_thread(self) -> Iterator[None]:
+        """Tensors are tiny, and threads that wait for a busy machine are not; `test_repeats_bitwise` takes more."""
+        with threads(1):
+            yield
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         for name, which in ROUTES.items():
@@ -98,8 +105,8 @@ class OpSuite(TransformSuite):
         inputs = self.make(self.shapes[-1], kernel, seed=4)
         grad_outputs = make_grad_outputs(self.op, inputs)
         runs = []
-        for threads in (1, 2, 3, 2, 1):
-            with _threads(threads):
+        for number in (1, 2, 3, 2, 1):
+            with threads(number):
                 solution = check(self.op, kernel, inputs, grad_outputs)
             runs.append([*solution.outputs, *solution.grads.values()])
         for run in runs[1:]:
@@ -199,13 +206,3 @@ def _poison(x: Tensor, value: float) -> Tensor:
     x = x.clone()
     x[tuple(min(n - 1, n // 2) if i else 0 for i, n in enumerate(x.shape))] = value
     return x
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -4,13 +4,14 @@
 """
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_calls import BACKENDS, DTYPES, Route, check, lay_out, make_grad_outputs
+from op_calls import BACKENDS, DTYPES, Route, check, lay_out, make_grad_outputs, threads
 from torch import Tensor
 
 from mra_kernels.dispatch import why_not
@@ -21,6 +22,13 @@ from mra_kernels.testing import LAYOUTS, make_inputs
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "100"))
 PROFILE = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
 
 batches = st.integers(0, 3)
 sides = st.integers(1, 12)
