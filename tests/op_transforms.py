@@ -144,7 +144,6 @@ class TransformSuite:
             compiled = torch.compile(lambda *a: function(*a, "native"), backend="aot_eager", fullgraph=True)
             assert {o.device.type for o in as_tuple(compiled(*inputs.values()))} == {"cuda"}
 
-    @pytest.mark.xfail(strict=True, reason="the backward ops have no autograd formula that raises yet")
     def test_second_derivative_is_refused(self) -> None:
         """A kernel has no second derivative; that must be an error, never a silent zero. The reference has one."""
         inputs = make_inputs(self.op, *self.shapes[0], dtype=torch.float64, seed=16)

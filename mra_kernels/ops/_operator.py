@@ -241,10 +241,31 @@ class Operator:
         needs = [needed[name] for name in self._differentiable]
         found = {self._added: grad_outputs[0]} if self._added is not None and needed[self._added] else {}
         if any(needs):
-            grads = self._backward_op(*(named[name] for name in self._backward_inputs), needs, ctx.backend)
+            with torch.no_grad():
+                grads = self._backward_op(*(named[name] for name in self._backward_inputs), needs, ctx.backend)
             grads = (grads,) if isinstance(grads, Tensor) else grads
+            if torch.is_grad_enabled():
+                sources = (*ctx.saved_tensors, *(g for g in grad_outputs if g is not None))
+                grads = _OnceOnly.apply(self.name, len(grads), *grads, *sources)
             found |= {n: g for n, g, need in zip(self._differentiable, grads, needs, strict=True) if need}
         return (*(found.get(name) for name in self._inputs), None)
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Hands gradients on as they are under `create_graph`; differentiating them again raises, never gives zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The first `count` tensors; the others are what they were computed from."""
+        ctx.name = name
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        """Raises RuntimeError."""
+        raise RuntimeError(
+            f"mra::{ctx.name} has no second derivative; compute it inside mra_kernels.use_backend('reference')"
+        )
 
 
 def _fresh(output: Tensor, inputs: Sequence[Any]) -> Tensor:
