@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bench import gpu as gpu_command
+from bench import session
 from bench import stamp as stamps
 from bench.record import ResultsMismatch
 
@@ -30,12 +30,12 @@ def gpu(
     steps = only or []
     try:
         if dry_run:
-            good = gpu_command.rehearse(stamps.Stamp("rehearsal", "rehearsal", True), steps, typer.echo)
+            good = session.rehearse(stamps.Stamp("rehearsal", "rehearsal", True), steps, typer.echo)
         else:
             stamp = _stamp(commit, tree, dirty)
             command = " ".join(["python -m bench", *sys.argv[1:]])
-            good = gpu_command.measure(stamp, minutes, out, steps, force, command, typer.echo)
-    except (gpu_command.CannotRun, ResultsMismatch, stamps.NoStamp) as error:
+            good = session.measure(stamp, minutes, out, steps, force, command, typer.echo)
+    except (session.CannotRun, ResultsMismatch, stamps.NoStamp) as error:
         typer.echo(f"bench gpu: {error}", err=True)
         raise typer.Exit(2) from error
     if not good:

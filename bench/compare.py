@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Case:
 
     Args:
         name: what is computed, and at which shape.
+        labels: see `Result`.
         variants: by name, the baseline first. Each returns its outputs.
         outputs: their names.
         exact: the same outputs in float64.
@@ -42,6 +43,7 @@ class Case:
     allowed: float | None = None
     dtype: torch.dtype = torch.bfloat16
     whole: bool = False
+    labels: dict[str, str | int | bool] = field(default_factory=dict)
 
 
 def measure(run: Run, case: Case) -> dict[str, Result]:
@@ -66,6 +68,7 @@ def measure(run: Run, case: Case) -> dict[str, Result]:
         results[name] = Result(
             case=case.name,
             variant=name,
+            labels=case.labels,
             times=times.get(name, {}),
             errors=finite,
             bytes=case.bytes,

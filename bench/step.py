@@ -25,13 +25,17 @@ class Result:
     """One variant of one case.
 
     Args:
-        case: what is computed, and at which shape.
-        variant: who computes it.
-        times: by condition: `warm` and `cold` are kernel times by graph replay with a warm and a cold L2,
-            `call` is what a caller waits for one call, launch gaps included.
+        case: what is computed, and at which shape; one line for readers.
+        variant: who computes it; the first variant of a case is its baseline.
+        labels: the same for programs: suite, op, shape, batch, dtype, direction, side, ... as far as they apply.
+        times: by condition. `warm` and `cold` are a kernel's times with inputs in the cache and out of it (on a GPU by
+            graph replay); `call` is what a caller waits for one call, launch gaps included; `first token`,
+            `10 tokens` and `64 tokens` are those of an answer.
+        parts: medians in microseconds of the parts of a call, by name.
         errors: by output, |out - exact| / |exact| against the same computation in float64.
         bytes: that the case must move at least, each input read and each output written once.
         flops: that the case must do at least; a multiply-add counts two.
+        memory: peak in bytes beyond what was allocated before the call; for whole models see `facts`.
         kernels: what ran, slowest first, the rest left out: name, calls, microseconds.
         launches: how many kernels ran.
         failure: why there are no times, or why they must not be trusted.
@@ -40,10 +44,13 @@ class Result:
 
     case: str
     variant: str
+    labels: dict[str, str | int | bool] = field(default_factory=dict)
     times: dict[str, Times] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     bytes: int | None = None
     flops: int | None = None
+    memory: int | None = None
     kernels: list[dict[str, Any]] = field(default_factory=list)
     launches: int | None = None
     failure: str | None = None
@@ -76,18 +83,17 @@ class Step:
     """One measurement, run in a worker process, so that its failure costs the others nothing.
 
     Args:
-        name: for `--only`.
+        name: `suite/what/...`, for `--only`.
         about: one line for the list of steps.
-        seconds: estimate on an H100; a step that takes longer than `limit` is stopped.
+        seconds: estimate by device type, on an H100 and on two cores; without an entry it does not run there.
         run: does it; must be picklable, because it travels to the worker.
     """
 
     name: str
     about: str
-    seconds: float
+    seconds: dict[str, float]
     run: Callable[[Run], None]
 
-    @property
-    def limit(self) -> float:
-        """Seconds after which the step is stopped: estimates were made without a machine and may be far off."""
-        return max(60.0, 3 * self.seconds)
+    def limit(self, device: torch.device) -> float:
+        """Seconds after which the step is stopped: machines differ, and an estimate may be far off."""
+        return max(60.0, 3 * self.seconds[device.type])

@@ -14,9 +14,9 @@ from bench_steps import TIMES, record_and_die, record_and_hang, record_and_raise
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from bench import gpu
+from bench import session
 from bench.__main__ import app
-from bench.catalog import STEPS
+from bench.plan import STEPS
 from bench.compare import Case, measure
 from bench.record import DONE, FAILED, NOT_MEASURED, Results, ResultsMismatch
 from bench.shapes import LARGE, TINY, gemms
@@ -50,7 +50,7 @@ class TestPlan:
         for step in STEPS:
             assert isinstance(step.run, partial)
             room, function, _ = step.run.args
-            assert callable(getattr(import_module(f"bench.{room}"), function))
+            assert callable(getattr(import_module(f"bench.suites.{room}"), function))
 
     def test_without_a_gpu_it_says_what_to_do(self) -> None:
         if torch.cuda.is_available():
@@ -72,7 +72,7 @@ class TestPlan:
     def test_a_step_that_does_not_fit_is_left_out_and_a_shorter_one_runs(self, tmp_path: Path, worker: Worker) -> None:
         results, lines = open_results(tmp_path), []
         steps = [Step("long", "", 1000, record_two), Step("short", "", 1, record_two)]
-        gpu._run_all(steps, results, worker, time.monotonic() + 60, False, lines.append)
+        session._run_all(steps, results, worker, time.monotonic() + 60, False, lines.append)
         assert results.data["steps"]["long"]["state"] == NOT_MEASURED
         assert results.data["steps"]["short"]["state"] == DONE
         assert {result["step"] for result in results.data["results"]} == {"short"}
@@ -84,7 +84,7 @@ class TestPlan:
             Step("dies", "", 1, record_and_die),
             Step("works", "", 1, record_two),
         ]
-        gpu._run_all(steps, results, worker, time.monotonic() + 60, False, lambda line: None)
+        session._run_all(steps, results, worker, time.monotonic() + 60, False, lambda line: None)
         states = {name: step["state"] for name, step in results.data["steps"].items()}
         assert states == {"raises": FAILED, "dies": FAILED, "works": DONE}
         assert "planted" in results.data["steps"]["raises"]["why"]
@@ -94,7 +94,7 @@ class TestPlan:
         step = Step("works", "", 1, record_two)
         for force, runs in ((False, True), (False, False), (True, True)):
             results, lines = open_results(tmp_path), []
-            gpu._run_all([step], results, worker, time.monotonic() + 60, force, lines.append)
+            session._run_all([step], results, worker, time.monotonic() + 60, force, lines.append)
             assert len(results.data["results"]) == 2
             assert any("there already" in line for line in lines) == (not runs)
         assert len(results.data["runs"]) == 3
@@ -107,9 +107,9 @@ class TestMeasure:
     def pretend(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(gpu.machine, "describe", lambda device: MACHINE)
-        monkeypatch.setattr(gpu, "Worker", lambda device, rehearsal, folder: Worker(CPU, rehearsal, folder))
-        monkeypatch.setattr(gpu, "STEPS", (Step("a", "", 1, record_two), Step("b", "", 1, record_and_raise)))
+        monkeypatch.setattr(session.machine, "describe", lambda device: MACHINE)
+        monkeypatch.setattr(session, "Worker", lambda device, rehearsal, folder: Worker(CPU, rehearsal, folder))
+        monkeypatch.setattr(session, "STEPS", (Step("a", "", 1, record_two), Step("b", "", 1, record_and_raise)))
 
     def measure(self, out: Path, lines: list[str], *more: str) -> int:
         stamped = ["--commit", STAMP.commit, "--tree", STAMP.tree, "--minutes", "1", "--out", str(out)]
@@ -135,7 +135,7 @@ class TestMeasure:
 
     def test_machines_have_folders_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-        folder = gpu._default_folder(torch.device("cuda", 0), STAMP)
+        folder = session._default_folder(torch.device("cuda", 0), STAMP)
         assert folder.parent == ROOT / "bench/results/nvidia-h100-80gb-hbm3"
         assert folder.name.endswith("-" + "c" * 12)
 
@@ -274,7 +274,7 @@ class TestShapes:
         assert stem + depthwise + adapters == counts["aten.convolution"]
 
     def test_every_op_has_cases_that_it_takes(self) -> None:
-        from bench.kernels import CASES, _call, make_inputs
+        from bench.suites.kernels import CASES, _call, make_inputs
 
         assert set(CASES) == set(OPS)
         for op, cases in CASES.items():

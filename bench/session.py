@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bench import machine
-from bench.catalog import STEPS
+from bench.plan import STEPS
 from bench.record import DONE, FAILED, NOT_MEASURED, Results
 from bench.stamp import ROOT, Stamp
 from bench.step import Result, Step

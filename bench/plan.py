@@ -14,7 +14,7 @@ def call(room: str, function: str, arguments: dict[str, Any], run: Run) -> None:
     Only here, in the worker: the rooms import the package that the first step builds, and a room that cannot be
     imported must cost only its own steps.
     """
-    getattr(import_module(f"bench.{room}"), function)(run, **arguments)
+    getattr(import_module(f"bench.suites.{room}"), function)(run, **arguments)
 
 
 def _in(room: str, function: str = "run", **arguments: Any) -> Callable[[Run], None]:
