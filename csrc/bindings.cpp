@@ -4,6 +4,8 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 
 #include "launch.h"
 
@@ -11,10 +13,14 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+// An address from Python, as whatever pointer an argument is.
+struct Pointer {
+  uintptr_t address;
+  template <class T>
+  operator T*() const {
+    return reinterpret_cast<T*>(address);
+  }
+};
 
 mra::DType dtype_of(int code) {
   if (code < 0 || code > 2) throw std::invalid_argument("dtype code " + std::to_string(code) + " is not 0, 1 or 2");
@@ -43,91 +49,93 @@ py::dict build_info() {
   return info;
 }
 
-void depthwise_conv_norm_forward(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t norm_weight,
-                                 uintptr_t norm_bias, uintptr_t y, uintptr_t mean, uintptr_t rstd, int64_t batch,
-                                 int64_t height, int64_t width, int64_t channels, float eps, int dtype, int threads) {
-  mra::cpu::depthwise_conv_norm_forward({pointer(x), pointer(weight), pointer(bias), pointer(norm_weight),
-                                         pointer(norm_bias), pointer(y), pointer<float>(mean), pointer<float>(rstd),
-                                         batch, height, width, channels, eps, cpu_dtype_of(dtype), threads});
+const auto kUnlocked = py::call_guard<py::gil_scoped_release>();
+
+template <size_t>
+using Address = uintptr_t;
+template <size_t>
+using Size = int64_t;
+
+// Binds a CPU kernel whose arguments are pointers, then sizes, then `More`, the dtype and the threads, in the order of
+// its structure.
+template <class... More, class Arguments, size_t... Pointers, size_t... Sizes>
+void bind(py::module_& m, const char* name, void (*kernel)(const Arguments&), std::index_sequence<Pointers...>,
+          std::index_sequence<Sizes...>) {
+  m.def(
+      name,
+      [kernel](Address<Pointers>... pointers, Size<Sizes>... sizes, More... more, int dtype, int threads) {
+        kernel(Arguments{Pointer{pointers}..., sizes..., more..., cpu_dtype_of(dtype), threads});
+      },
+      kUnlocked);
 }
 
-void depthwise_conv_norm_backward(uintptr_t grad_y, uintptr_t x, uintptr_t weight, uintptr_t bias,
-                                  uintptr_t norm_weight, uintptr_t mean, uintptr_t rstd, uintptr_t grad_x,
-                                  uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t grad_norm_weight,
-                                  uintptr_t grad_norm_bias, int64_t batch, int64_t height, int64_t width,
-                                  int64_t channels, int dtype, int threads) {
-  mra::cpu::depthwise_conv_norm_backward(
-      {pointer(grad_y), pointer(x), pointer(weight), pointer(bias), pointer(norm_weight), pointer<float>(mean),
-       pointer<float>(rstd), pointer(grad_x), pointer(grad_weight), pointer(grad_bias), pointer(grad_norm_weight),
-       pointer(grad_norm_bias), batch, height, width, channels, cpu_dtype_of(dtype), threads});
+template <size_t kPointers, size_t kSizes, class... More, class Arguments>
+void bind(py::module_& m, const char* name, void (*kernel)(const Arguments&)) {
+  bind<More...>(m, name, kernel, std::make_index_sequence<kPointers>(), std::make_index_sequence<kSizes>());
 }
 
-void linear_scale_residual_forward(uintptr_t y, uintptr_t scale, uintptr_t residual, int64_t rows, int64_t channels,
-                                   int dtype, int threads) {
-  mra::cpu::linear_scale_residual_forward(
-      {pointer(y), pointer(scale), pointer(residual), rows, channels, cpu_dtype_of(dtype), threads});
+template <class Arguments>
+using CudaKernel = void(const Arguments&, int);
+
+// On a GPU, or with device -1 on the CPU. `cuda` is null in a build without CUDA.
+template <class Arguments>
+void run_on(int device, const Arguments& arguments, void (*cpu)(const Arguments&),
+            std::common_type_t<CudaKernel<Arguments>*> cuda) {
+  if (device < 0) {
+    cpu_dtype_of(static_cast<int>(arguments.dtype));
+    cpu(arguments);
+  } else if (cuda != nullptr) {
+    cuda(arguments, device);
+  } else {
+    throw std::runtime_error("mra_kernels._C was built without CUDA");
+  }
 }
 
-// device -1 is the CPU.
+#ifdef MRA_CUDA
+#define MRA_CUDA_KERNEL(name) mra::cuda::name
+#else
+#define MRA_CUDA_KERNEL(name) nullptr
+#endif
+
 void gated_resample_add_forward(uintptr_t low, uintptr_t high, uintptr_t gate, uintptr_t y, int64_t batch,
                                 int64_t height, int64_t width, int64_t channels, int64_t high_height,
                                 int64_t high_width, int dtype, int device, uintptr_t stream, int threads) {
-  mra::GatedResampleAddForward arguments{
-      pointer(low), pointer(high), pointer<float>(gate), pointer(y),      batch,   height,         width,
-      channels,     high_height,   high_width,           dtype_of(dtype), threads, pointer(stream)};
-  if (device < 0) {
-    cpu_dtype_of(dtype);
-    mra::cpu::gated_resample_add_forward(arguments);
-  } else {
-#ifdef MRA_CUDA
-    mra::cuda::gated_resample_add_forward(arguments, device);
-#else
-    throw std::runtime_error("mra_kernels._C was built without CUDA");
-#endif
-  }
+  const mra::GatedResampleAddForward arguments{Pointer{low},    Pointer{high}, Pointer{gate},  Pointer{y},  batch,
+                                               height,          width,         channels,       high_height, high_width,
+                                               dtype_of(dtype), threads,       Pointer{stream}};
+  run_on(device, arguments, mra::cpu::gated_resample_add_forward, MRA_CUDA_KERNEL(gated_resample_add_forward));
 }
 
 void gated_resample_add_backward(uintptr_t grad_y, uintptr_t high, uintptr_t gate, uintptr_t grad_high,
                                  uintptr_t grad_gate, uintptr_t partial, int64_t batch, int64_t height, int64_t width,
                                  int64_t channels, int64_t high_height, int64_t high_width, int dtype, int device,
                                  uintptr_t stream, int threads) {
-  mra::GatedResampleAddBackward arguments{pointer(grad_y),
-                                          pointer(high),
-                                          pointer<float>(gate),
-                                          pointer(grad_high),
-                                          pointer<float>(grad_gate),
-                                          pointer<float>(partial),
-                                          batch,
-                                          height,
-                                          width,
-                                          channels,
-                                          high_height,
-                                          high_width,
-                                          dtype_of(dtype),
-                                          threads,
-                                          pointer(stream)};
-  if (device < 0) {
-    cpu_dtype_of(dtype);
-    mra::cpu::gated_resample_add_backward(arguments);
-  } else {
-#ifdef MRA_CUDA
-    mra::cuda::gated_resample_add_backward(arguments, device);
-#else
-    throw std::runtime_error("mra_kernels._C was built without CUDA");
-#endif
-  }
+  const mra::GatedResampleAddBackward arguments{
+      Pointer{grad_y}, Pointer{high}, Pointer{gate},  Pointer{grad_high}, Pointer{grad_gate}, Pointer{partial},
+      batch,           height,        width,          channels,           high_height,        high_width,
+      dtype_of(dtype), threads,       Pointer{stream}};
+  run_on(device, arguments, mra::cpu::gated_resample_add_backward, MRA_CUDA_KERNEL(gated_resample_add_backward));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of mra_kernels; call them through mra_kernels.ops.";
-  const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("build_info", build_info);
   m.def("select_instruction_set", mra::cpu::select_instruction_set);
-  m.def("depthwise_conv_norm_forward", depthwise_conv_norm_forward, unlocked);
-  m.def("depthwise_conv_norm_backward", depthwise_conv_norm_backward, unlocked);
-  m.def("linear_scale_residual_forward", linear_scale_residual_forward, unlocked);
-  m.def("gated_resample_add_forward", gated_resample_add_forward, unlocked);
-  m.def("gated_resample_add_backward", gated_resample_add_backward, unlocked);
+  using namespace mra::cpu;
+  bind<6, 4>(m, "depthwise_conv_gelu_forward", depthwise_conv_gelu_forward);
+  bind<9, 4>(m, "depthwise_conv_gelu_backward", depthwise_conv_gelu_backward);
+  bind<8, 4, float>(m, "depthwise_conv_norm_forward", depthwise_conv_norm_forward);
+  bind<12, 4>(m, "depthwise_conv_norm_backward", depthwise_conv_norm_backward);
+  bind<4, 3>(m, "linear_gelu_forward", linear_gelu_forward);
+  bind<6, 3>(m, "linear_gelu_backward", linear_gelu_backward);
+  bind<4, 2>(m, "linear_scale_residual_forward", linear_scale_residual_forward);
+  bind<6, 2>(m, "linear_scale_residual_backward", linear_scale_residual_backward);
+  bind<6, 4, float>(m, "norm_patchify_forward", norm_patchify_forward);
+  bind<8, 4>(m, "norm_patchify_backward", norm_patchify_backward);
+  bind<8, 6, float>(m, "patch_conv_norm_forward", patch_conv_norm_forward);
+  bind<7, 2, float>(m, "patch_conv_norm_backward", patch_conv_norm_backward);
+  m.def("gated_resample_add_forward", ::gated_resample_add_forward, kUnlocked);
+  m.def("gated_resample_add_backward", ::gated_resample_add_backward, kUnlocked);
 }

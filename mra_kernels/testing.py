@@ -154,7 +154,8 @@ def make_inputs(
 
 def argument_names(op: str) -> list[str]:
     """The arguments of an op, as its signature and its schema name them."""
-    return [argument.name for argument in getattr(torch.ops.mra, op).default._schema.arguments[:-1]]
+    schema = getattr(torch.ops.mra, op).default._schema
+    return [argument.name for argument in schema.arguments if argument.name not in ("keep", "backend")]
 
 
 WIDE = ("low_mean", "high_mean", "gate", "mean_weights")

@@ -1,6 +1,6 @@
 """Calling an op every way it can be called, solving the same problem in float64, and comparing the two."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -70,11 +70,26 @@ def routes(op: str, backends: Sequence[str] = BACKENDS, dtypes: Sequence[torch.d
     return found
 
 
+# Returns that only backward reads, and the ops that return one of them only when asked.
+KEPT = ("mean", "rstd", "product")
+KEEPING = {op for op in OPS if "bool keep" in str(getattr(torch.ops.mra, op).default._schema)}
+
+
+def call_operator(op: str, arguments: Iterable[Any], backend: str, keep: bool = True) -> Outputs:
+    """Every return of `torch.ops.mra.<op>`; `arguments` are those of the public function."""
+    return as_tuple(getattr(torch.ops.mra, op)(*operator_arguments(op, arguments, backend, keep)))
+
+
+def operator_arguments(op: str, arguments: Iterable[Any], backend: str, keep: bool = True) -> list[Any]:
+    """What `torch.ops.mra.<op>` takes."""
+    return [*arguments, keep, backend] if op in KEEPING else [*arguments, backend]
+
+
 def public_outputs(op: str, inputs: Inputs) -> list[str]:
     """Names of what the caller sees: the schema's returns without statistics, and without a mean nobody asked for."""
     names = [r.name for r in getattr(torch.ops.mra, op).default._schema.returns]
     without_mean = op == "linear_gelu" and inputs["mean_weights"] is None
-    return [n for n in names if n not in ("mean", "rstd") and not (without_mean and n == "y_mean")]
+    return [n for n in names if n not in KEPT and not (without_mean and n == "y_mean")]
 
 
 def differentiable(op: str, inputs: Inputs) -> list[str]:
@@ -85,7 +100,7 @@ def differentiable(op: str, inputs: Inputs) -> list[str]:
 def call(op: str, backend: str, inputs: Inputs) -> Outputs:
     """The public outputs; `backend` as in `Route`."""
     if backend == "operator":
-        outputs = getattr(torch.ops.mra, op)(*inputs.values(), "reference")
+        outputs = call_operator(op, inputs.values(), "reference")
     else:
         with mra_kernels.use_backend(backend):
             outputs = getattr(mra_kernels, op)(*inputs.values())
@@ -209,8 +224,7 @@ def lay_out(inputs: Inputs, layout: str) -> Inputs:
 
 def backward_arguments(op: str, backend: str, inputs: Inputs, grad_outputs: Outputs) -> list[Any]:
     """What `torch.ops.mra.<op>_backward` takes before `needs` and the backend, statistics from a forward included."""
-    outputs = getattr(torch.ops.mra, op)(*inputs.values(), backend)
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    outputs = call_operator(op, inputs.values(), backend)
     named = inputs | dict(
         zip([r.name for r in getattr(torch.ops.mra, op).default._schema.returns], outputs, strict=True)
     )
@@ -249,7 +263,7 @@ class Bound(nn.Module):
             for n in self.names
         ]
         if self.backend == "operator":
-            return as_tuple(getattr(torch.ops.mra, self.op)(*arguments, "reference"))
+            return call_operator(self.op, arguments, "reference")
         return as_tuple(getattr(mra_kernels, self.op)(*arguments))
 
 

@@ -12,8 +12,12 @@
 
 #include "launch.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #ifndef MRA_ISA
-#error "MRA_ISA names the instruction set: baseline, avx2 or avx512"
+#error "MRA_ISA names the instruction set: baseline, avx2, avx512 or avx512_bf16"
 #endif
 
 namespace mra::cpu::MRA_ISA {
@@ -53,12 +57,17 @@ inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
 // Rounds to nearest even; a NaN stays a NaN.
 inline void store(BFloat16* p, Floats v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &h, sizeof h);
+#else
   const Words w = (Words)v;
   const Words rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
   const Words quiet_nan = (w >> 16) | 0x40u;
   const Words is_nan = (Words)(v != v);
   const Halves h = __builtin_convertvector((is_nan & quiet_nan) | (~is_nan & rounded), Halves);
   std::memcpy(p, &h, sizeof h);
+#endif
 }
 
 inline float load_one(const float* p) { return *p; }
@@ -87,10 +96,59 @@ inline void store_first(T* p, Floats v, int64_t n) {
   std::memcpy(p, lanes, n * sizeof(T));
 }
 
+// Stores past the caches, which saves reading the lines that a whole write replaces: for outputs larger than the
+// second-level cache. p is aligned to the vector's size. `finish_streams` comes before another thread reads them.
+inline void stream(float* p, Floats v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+
+inline void stream(BFloat16* p, Floats v) {
+#if defined(__AVX512BF16__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  store(p, v);
+#endif
+}
+
+inline void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Whether to stream an output of rows of `channels`: it leaves the second-level cache anyway, and every row is aligned.
+template <class T>
+inline bool worth_streaming(const T* output, int64_t rows, int64_t channels) {
+  constexpr int64_t kSecondLevelBytes = 1 << 20;
+  const int64_t row_bytes = channels * static_cast<int64_t>(sizeof(T));
+  return rows * row_bytes > kSecondLevelBytes && row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(output) % 64 == 0;
+}
+
+// Halves are added to halves, so that few sums wait for each other.
 inline float sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    Words partner;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) partner[i] = i ^ half;
+    v += __builtin_shuffle(v, partner);
+  }
+  return v[0];
+}
+
+// Calls use(c, lanes) for every vector of `channels`; the last one may have fewer lanes. The others have a constant
+// count, with which load_first and store_first cost no test.
+template <class Use>
+inline void for_each_vector(int64_t channels, Use use) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) use(c, int64_t{kLanes});
+  if (c < channels) use(c, channels - c);
 }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -131,6 +189,14 @@ inline float* thread_buffer(int64_t n) {
     buffer.size = n;
   }
   return buffer.data;
+}
+
+// vector: [C], or null for zeros -> padded: float32, zero in the padding.
+template <class T>
+inline void pack_vector(const T* vector, float* padded, int64_t channels) {
+  for_each_vector(channels, [&](int64_t c, int64_t lanes) {
+    store(padded + c, vector == nullptr ? Floats{} : load_first(vector + c, lanes));
+  });
 }
 
 // Calls f with a value of the element type of `dtype`.

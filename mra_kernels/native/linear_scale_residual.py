@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
 from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported
+from mra_kernels.native._product import linear
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -15,42 +15,56 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     return unsupported(device, dtype, (torch.float32, torch.bfloat16))
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
-    """x: [..., K], weight: [N, K], scale: [N] or None, residual: [..., N] -> [..., N]."""
-    y = F.linear(x, weight, bias).contiguous()
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """x: [..., K], weight: [N, K], scale: [N] or None, residual: [..., N] -> y: [..., N], and the product [..., N].
+
+    The product is empty unless `keep` wants it for the scale's gradient.
+    """
+    product = linear(x, weight, bias)
     residual = residual.contiguous()
     scale = None if scale is None else scale.contiguous()
-    channels = weight.shape[0]
+    kept = keep and scale is not None
+    y = torch.empty_like(product) if kept else product
     extension.linear_scale_residual_forward(
-        *map(pointer, (y, scale, residual)),
-        y.numel() // max(channels, 1),
-        channels,
-        DTYPE_CODES[y.dtype],
-        torch.get_num_threads(),
+        *map(pointer, (product, scale, residual, y)), *_sizes(y), DTYPE_CODES[y.dtype], torch.get_num_threads()
     )
-    return y
+    return y, product if kept else x.new_empty(0)
 
 
 def backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, needs: Sequence[bool]
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    product: Tensor,
+    needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, bias and scale; empty where `needs` says no.
-
-    With P = grad_y^T x, the weight's gradient is scale * P, and the scale's is sum_k P[n, k] W[n, k] plus b[n] times
-    the sum of grad_y[n]: the product x W^T itself is neither kept nor computed again.
-    """
-    rows, inputs = grad_y.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-    factor = torch.ones_like(bias) if scale is None else scale
+    """Gradients of x, weight, bias and scale; empty where `needs` says no. A product not kept is computed again."""
+    if needs[3] and product.numel() == 0:
+        product = linear(x, weight, bias)
+    grad_y, scale = grad_y.contiguous(), None if scale is None else scale.contiguous()
     empty = x.new_empty(0)
-    product = rows.mT @ inputs if needs[1] or needs[3] else empty
-    total = rows.sum(0, dtype=torch.float32) if needs[2] or needs[3] else empty
-    grad_x = ((rows * factor) @ weight).reshape(x.shape) if needs[0] else empty
-    grad_weight = factor[:, None] * product if needs[1] else empty
-    grad_bias = (factor * total).to(bias.dtype) if needs[2] else empty
-    grad_scale = empty
-    if needs[3]:
-        grad_scale = ((product.float() * weight.float()).sum(1) + bias.float() * total).to(bias.dtype)
+    scaled = torch.empty_like(grad_y)
+    grad_bias = torch.empty_like(bias) if needs[2] else empty
+    grad_scale = torch.empty_like(bias) if needs[3] else empty
+    extension.linear_scale_residual_backward(
+        *map(pointer, (grad_y, scale, product if needs[3] else None, scaled, grad_bias, grad_scale)),
+        *_sizes(grad_y),
+        DTYPE_CODES[grad_y.dtype],
+        torch.get_num_threads(),
+    )
+    rows = scaled.reshape(-1, weight.shape[0])
+    grad_x = (rows @ weight).reshape(x.shape) if needs[0] else empty
+    grad_weight = rows.mT @ x.reshape(-1, weight.shape[1]) if needs[1] else empty
     return grad_x, grad_weight, grad_bias, grad_scale
+
+
+def _sizes(y: Tensor) -> tuple[int, int]:
+    """y: [..., N] -> rows and channels."""
+    return y.numel() // max(y.shape[-1], 1), y.shape[-1]
 
 
 BACKEND = Backend(forward, backward, supports)

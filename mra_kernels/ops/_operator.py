@@ -4,6 +4,10 @@ An op is declared by two schemas. Autograd follows from their names: an argument
 like an input or output of the forward is saved for it, `grad_<output>` is that output's gradient, and each
 return `grad_<input>` belongs to that input. `needs` says, in the order of the returns, which gradients to compute;
 the others come back as empty tensors.
+
+A forward whose schema has `bool keep` before the backend returns, where it is true, also what only backward reads. The
+public function sets it when autograd records; where it is false, that return is an empty tensor, and a backward that
+misses it computes it again.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,11 +31,11 @@ class Operator:
     """One op of the library `mra`.
 
     Args:
-        forward: schema after the name, ending in `str backend`; its returns are the public outputs, then the
-            statistics kept for backward.
+        forward: schema after the name, ending in `str backend` or `bool keep, str backend`; its returns are the
+            public outputs, then what is kept for backward.
         backward: schema of the backward op, see the module's docstring; it ends in `bool[] needs, str backend`.
         reference: the definition in plain PyTorch; takes the forward's arguments, returns the public outputs.
-        fake: shapes and dtypes of all returns, as empty tensors.
+        fake: shapes and dtypes of all returns, as empty tensors; gets the forward's arguments, and `keep`.
         check: raises on wrong shapes; gets the forward's arguments.
         backends: by name, a kernel backend, or the reason why there is none.
         public: how many of the returns the caller sees.
@@ -69,7 +73,8 @@ class Operator:
         self._backward_op = getattr(namespace, f"{name}_backward").default
 
         schema = self._forward_op._schema
-        self._inputs = [argument.name for argument in schema.arguments[:-1]]
+        self._inputs = [argument.name for argument in schema.arguments if argument.name not in ("keep", "backend")]
+        self._keeps = any(argument.name == "keep" for argument in schema.arguments)
         self._tensors = [a.name for a in schema.arguments if "Tensor" in str(a.type)]
         self._narrow = [n for n in self._tensors if n not in wide]
         self._wide = list(wide)
@@ -103,10 +108,16 @@ class Operator:
         backend = choose(self.name, self.backends, lead.device, lead.dtype)
         if backend == "reference":
             return self.reference(*args)
-        outputs = self._forward_op(*args, backend)
+        outputs = self._forward_op(*args, *self._keep(args), backend)
         if len(self._outputs) == 1:
             return outputs
         return outputs[0] if self._public == 1 else tuple(outputs[: self._public])
+
+    def _keep(self, args: tuple) -> tuple[bool, ...]:
+        """The argument `keep`, where the op has one: whether autograd records this call."""
+        if not self._keeps:
+            return ()
+        return (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args),)
 
     def _autocast(self, args: tuple, dtype: torch.dtype) -> tuple:
         return tuple(
@@ -151,6 +162,7 @@ class Operator:
         *inputs, backend = args
         if backend != "reference":
             return self._kernel(backend).forward(*inputs)
+        inputs = inputs[: len(self._inputs)]
         return self._pack(self._reference_outputs(inputs, inputs[0]))
 
     def _reference_outputs(self, inputs: Sequence[Any], like: Tensor) -> list[Tensor]:
@@ -226,7 +238,7 @@ class Operator:
 
     def _save(self, ctx: Any, inputs: tuple, output: Any) -> None:
         outputs = (output,) if len(self._outputs) == 1 else output
-        named = dict(zip(self._inputs, inputs[:-1], strict=True)) | dict(zip(self._outputs, outputs, strict=True))
+        named = dict(zip(self._inputs, inputs, strict=False)) | dict(zip(self._outputs, outputs, strict=True))
         kept = {name: named[name] for name in self._backward_inputs if name in named}
         ctx.backend = inputs[-1]
         ctx.tensor_names = [name for name, value in kept.items() if isinstance(value, Tensor)]
@@ -237,7 +249,7 @@ class Operator:
     def _differentiate(self, ctx: Any, *grad_outputs: Tensor | None) -> tuple:
         named = dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True)) | ctx.constants
         named |= {f"grad_{name}": g for name, g in zip(self._outputs, grad_outputs, strict=True)}
-        needed = dict(zip(self._inputs, ctx.needs_input_grad[:-1], strict=True))
+        needed = dict(zip(self._inputs, ctx.needs_input_grad, strict=False))
         needs = [needed[name] for name in self._differentiable]
         found = {self._added: grad_outputs[0]} if self._added is not None and needed[self._added] else {}
         if any(needs):
@@ -248,7 +260,7 @@ class Operator:
                 sources = (*ctx.saved_tensors, *(g for g in grad_outputs if g is not None))
                 grads = _OnceOnly.apply(self.name, len(grads), *grads, *sources)
             found |= {n: g for n, g, need in zip(self._differentiable, grads, needs, strict=True) if need}
-        return (*(found.get(name) for name in self._inputs), None)
+        return *(found.get(name) for name in self._inputs), *(None for _ in ctx.needs_input_grad[len(self._inputs) :])
 
 
 class _OnceOnly(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from mra_kernels.native import depthwise_conv_gelu as native
 from mra_kernels.ops._operator import Operator, accumulator_dtype, check_map, check_shape
 from mra_kernels.reference.depthwise_conv_gelu import depthwise_conv_gelu as reference
 
@@ -43,6 +44,6 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": "no native kernel yet", "triton": "no Triton kernel yet"},
+    backends={"native": native.BACKEND, "triton": "no Triton kernel yet"},
     public=3,
 )

@@ -5,6 +5,7 @@ from typing import overload
 
 from torch import Tensor
 
+from mra_kernels.native import linear_gelu as native
 from mra_kernels.ops._operator import Operator, accumulator_dtype, check_shape
 from mra_kernels.reference.linear_gelu import linear_gelu as reference
 
@@ -57,22 +58,26 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None)
         check_shape(op, "mean_weights", mean_weights, (math.prod(x.shape[1:-1]),))
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor, mean_weights: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    product = x.new_empty(y.shape if keep else 0)
     if mean_weights is None:
-        return y, x.new_empty(0)
-    return y, x.new_empty((x.shape[0], weight.shape[0]), dtype=accumulator_dtype(x.dtype))
+        return y, x.new_empty(0), product
+    return y, x.new_empty((x.shape[0], weight.shape[0]), dtype=accumulator_dtype(x.dtype)), product
 
 
 _OP = Operator(
     "linear_gelu",
-    forward="(Tensor x, Tensor weight, Tensor bias, Tensor? mean_weights, str backend) -> (Tensor y, Tensor y_mean)",
+    forward="(Tensor x, Tensor weight, Tensor bias, Tensor? mean_weights, bool keep, str backend)"
+    " -> (Tensor y, Tensor y_mean, Tensor product)",
     backward="(Tensor? grad_y, Tensor? grad_y_mean, Tensor x, Tensor weight, Tensor bias, Tensor? mean_weights,"
-    " bool[] needs, str backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    " Tensor product, bool[] needs, str backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": "no native kernel yet: the library's product, then GELU", "triton": "no Triton kernel yet"},
+    backends={"native": native.BACKEND, "triton": "no Triton kernel yet"},
     public=2,
     wide=("mean_weights",),
 )

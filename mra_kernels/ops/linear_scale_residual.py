@@ -41,15 +41,19 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residu
     check_shape(op, "residual", residual, (*x.shape[:-1], weight.shape[0]))
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor, keep: bool
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, x.new_empty(y.shape if keep and scale is not None else 0)
 
 
 _OP = Operator(
     "linear_scale_residual",
-    forward="(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor residual, str backend) -> (Tensor y)",
-    backward="(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? scale, bool[] needs, str backend)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)",
+    forward="(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor residual, bool keep, str backend)"
+    " -> (Tensor y, Tensor product)",
+    backward="(Tensor grad_y, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor product,"
+    " bool[] needs, str backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)",
     reference=reference,
     fake=_fake,
     check=_check,

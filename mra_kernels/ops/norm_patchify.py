@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from mra_kernels.native import norm_patchify as native
 from mra_kernels.ops._operator import Operator, accumulator_dtype, check_map, check_shape
 from mra_kernels.reference.norm_patchify import norm_patchify as reference
 
@@ -48,5 +49,5 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": "no native kernel yet", "triton": "no Triton kernel yet"},
+    backends={"native": native.BACKEND, "triton": "no Triton kernel yet"},
 )

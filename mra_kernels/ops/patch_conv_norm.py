@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from mra_kernels.native import patch_conv_norm as native
 from mra_kernels.ops._operator import Operator, accumulator_dtype, check_shape
 from mra_kernels.reference.patch_conv_norm import patch_conv_norm as reference
 
@@ -62,7 +63,7 @@ _OP = Operator(
     fake=_fake,
     check=_check,
     backends={
-        "native": "no native kernel yet: the stem is the library's convolution and LayerNorm",
+        "native": native.BACKEND,
         "triton": "no Triton kernel yet",
     },
 )
