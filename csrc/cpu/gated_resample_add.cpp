@@ -1,9 +1,10 @@
 // low + gate * resample(high), channels last: average pool, same grid, or bilinear with aligned corners.
 //
-// Work: a row of the low grid (backward: of the high grid) is one task. Each pixel is a loop over vectors of channels.
+// Work: a row of the low grid is one task. Each pixel is a loop over vectors of channels.
 // Fused: the resampling, the gate and the sum; low and high are read once and the output written once (3 * C elements
-// a pixel on one grid), which bounds it by memory. Backward gathers what reads each high-resolution pixel; the gate's
-// gradient is summed for each row in float32 and then over the rows in order.
+// a pixel on one grid), which bounds it by memory. Backward gathers what reads each high-resolution pixel, in the
+// same pass as the gate's gradient where a pixel has one reader; that is summed for each row in float32, then over
+// rows.
 #include "common/resample.h"
 #include "cpu/vector.h"
 
@@ -78,78 +79,94 @@ void forward(const GatedResampleAddForward& a) {
   }
 }
 
-// Gradient of one high-resolution pixel where `high` is pooled or on the same grid: each pixel has one reader.
+// Both gradients where `high` is pooled or on the same grid, in one pass over a row of the low grid: each
+// high-resolution pixel has one reader. Returns the row's part of the gate's gradient.
 template <class T>
-void pooled_gradient(const GatedResampleAddBackward& a, const High<T>& high, int64_t b, int64_t y, int64_t x, T* out) {
-  const int64_t low_y = y / high.window_y, low_x = x / high.window_x;
-  const T* grad = static_cast<const T*>(a.grad_y) + ((b * a.height + low_y) * a.width + low_x) * a.channels;
-  const float weight = a.gate[b] / static_cast<float>(high.window_y * high.window_x);
-  for (int64_t c = 0; c < a.channels; c += kLanes) {
-    store_first(out + c, load_first(grad + c, a.channels - c) * weight, a.channels - c);
+float pooled_gradients(const GatedResampleAddBackward& a, const High<T>& high, int64_t row) {
+  const int64_t b = row / a.height, y = row % a.height * high.window_y;
+  const float share = 1.0f / static_cast<float>(high.window_y * high.window_x), weight = a.gate[b] * share;
+  Floats total = {};
+  for (int64_t x = 0; x < a.width; ++x) {
+    const T* grad = static_cast<const T*>(a.grad_y) + (row * a.width + x) * a.channels;
+    for (int64_t i = 0; i < high.window_y; ++i) {
+      for (int64_t j = 0; j < high.window_x; ++j) {
+        const T* p = high.pixel(b, y + i, x * high.window_x + j);
+        T* out = a.grad_high == nullptr ? nullptr : static_cast<T*>(a.grad_high) + (p - high.data);
+        for_each_vector(a.channels, [&](int64_t c, int64_t lanes) {
+          const Floats g = load_first(grad + c, lanes);
+          if (out != nullptr) store_first(out + c, g * weight, lanes);
+          if (a.grad_gate != nullptr) total += g * load_first(p + c, lanes);
+        });
+      }
+    }
   }
+  return sum(total) * share;
 }
 
-// The same where `high` is resized bilinearly: gathers from the pixels that read it.
+// The high-resolution map's gradient where it is resized bilinearly: a pixel gathers from those that read it.
 template <class T>
-void bilinear_gradient(const GatedResampleAddBackward& a, const High<T>& high, int64_t b, int64_t y, int64_t x,
-                       T* out) {
+void bilinear_gradient(const GatedResampleAddBackward& a, const High<T>& high, int64_t b, int64_t y, int64_t x) {
   const Range rows = bilinear_readers(y, a.height, high.scale_y), columns = bilinear_readers(x, a.width, high.scale_x);
-  for (int64_t c = 0; c < a.channels; c += kLanes) {
-    Floats total = {};
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const float weight_y = bilinear_weight(bilinear(i, high.height, high.scale_y), y);
-      if (weight_y == 0.0f) continue;
-      for (int64_t j = columns.begin; j < columns.end; ++j) {
-        const float weight = weight_y * bilinear_weight(bilinear(j, high.width, high.scale_x), x);
-        if (weight == 0.0f) continue;
-        const T* grad = static_cast<const T*>(a.grad_y) + ((b * a.height + i) * a.width + j) * a.channels;
-        total += weight * load_first(grad + c, a.channels - c);
-      }
+  const int64_t padded = round_up(a.channels, kLanes);
+  float* total = thread_buffer<struct Total>(padded);
+  std::memset(total, 0, padded * sizeof(float));
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const float weight_y = bilinear_weight(bilinear(i, high.height, high.scale_y), y);
+    if (weight_y == 0.0f) continue;
+    for (int64_t j = columns.begin; j < columns.end; ++j) {
+      const float weight = weight_y * bilinear_weight(bilinear(j, high.width, high.scale_x), x);
+      if (weight == 0.0f) continue;
+      const T* grad = static_cast<const T*>(a.grad_y) + ((b * a.height + i) * a.width + j) * a.channels;
+      for_each_vector(a.channels, [&](int64_t c, int64_t lanes) {
+        store(total + c, load(total + c) + weight * load_first(grad + c, lanes));
+      });
     }
-    store_first(out + c, total * a.gate[b], a.channels - c);
   }
+  T* out = static_cast<T*>(a.grad_high) + (high.pixel(b, y, x) - high.data);
+  for_each_vector(a.channels,
+                  [&](int64_t c, int64_t lanes) { store_first(out + c, load(total + c) * a.gate[b], lanes); });
 }
 
+// The same row's part of the gate's gradient.
 template <class T>
-void high_gradient(const GatedResampleAddBackward& a, const High<T>& high) {
-#pragma omp parallel for num_threads(a.threads)
-  for (int64_t row = 0; row < a.batch * a.high_height; ++row) {
-    const int64_t b = row / a.high_height, y = row % a.high_height;
-    for (int64_t x = 0; x < a.high_width; ++x) {
-      T* out = static_cast<T*>(a.grad_high) + (row * a.high_width + x) * a.channels;
-      if (high.window_y > 0) {
-        pooled_gradient(a, high, b, y, x, out);
-      } else {
-        bilinear_gradient(a, high, b, y, x, out);
-      }
-    }
+float bilinear_gate(const GatedResampleAddBackward& a, const High<T>& high, int64_t row) {
+  Floats total = {};
+  for (int64_t x = 0; x < a.width; ++x) {
+    const T* grad = static_cast<const T*>(a.grad_y) + (row * a.width + x) * a.channels;
+    high.read(row / a.height, row % a.height, x,
+              [&](int64_t c, Floats value) { total += value * load_first(grad + c, a.channels - c); });
   }
-}
-
-template <class T>
-void gate_gradient(const GatedResampleAddBackward& a, const High<T>& high) {
-#pragma omp parallel for num_threads(a.threads)
-  for (int64_t row = 0; row < a.batch * a.height; ++row) {
-    Floats total = {};
-    for (int64_t x = 0; x < a.width; ++x) {
-      const T* grad = static_cast<const T*>(a.grad_y) + (row * a.width + x) * a.channels;
-      high.read(row / a.height, row % a.height, x,
-                [&](int64_t c, Floats value) { total += value * load_first(grad + c, a.channels - c); });
-    }
-    a.partial[row] = sum(total);
-  }
-  for (int64_t b = 0; b < a.batch; ++b) {
-    double total = 0;
-    for (int64_t y = 0; y < a.height; ++y) total += a.partial[b * a.height + y];
-    a.grad_gate[b] = static_cast<float>(total);
-  }
+  return sum(total);
 }
 
 template <class T>
 void backward(const GatedResampleAddBackward& a) {
   const High<T> high(a.high, a.high_height, a.high_width, a.channels, a.height, a.width);
-  if (a.grad_high != nullptr) high_gradient(a, high);
-  if (a.grad_gate != nullptr) gate_gradient(a, high);
+  const bool pooled = high.window_y > 0;
+#pragma omp parallel num_threads(a.threads)
+  {
+    if (pooled || a.grad_gate != nullptr) {
+#pragma omp for nowait
+      for (int64_t row = 0; row < a.batch * a.height; ++row) {
+        const float of_row = pooled ? pooled_gradients(a, high, row) : bilinear_gate(a, high, row);
+        if (a.grad_gate != nullptr) a.partial[row] = of_row;
+      }
+    }
+    if (!pooled && a.grad_high != nullptr) {
+#pragma omp for
+      for (int64_t row = 0; row < a.batch * a.high_height; ++row) {
+        for (int64_t x = 0; x < a.high_width; ++x) {
+          bilinear_gradient(a, high, row / a.high_height, row % a.high_height, x);
+        }
+      }
+    }
+  }
+  if (a.grad_gate == nullptr) return;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    double total = 0;
+    for (int64_t y = 0; y < a.height; ++y) total += a.partial[b * a.height + y];
+    a.grad_gate[b] = static_cast<float>(total);
+  }
 }
 
 }  // namespace
