@@ -114,10 +114,10 @@ def test_report_ignores_an_explicit_choice() -> None:
 
 
 def test_the_registered_op_names_a_backend_that_is_missing() -> None:
-    inputs = make_inputs("linear_gelu", (2, 3), 4, 5)
+    inputs = make_inputs("norm_patchify", 1, 2, 2, 4)
     for backend, reason in (("triton", "no Triton kernel yet"), ("fast", "there is no such backend")):
-        with pytest.raises(RuntimeError, match=f"mra::linear_gelu on backend {backend}: {reason}"):
-            torch.ops.mra.linear_gelu(*inputs.values(), backend)
+        with pytest.raises(RuntimeError, match=f"mra::norm_patchify on backend {backend}: {reason}"):
+            torch.ops.mra.norm_patchify(*inputs.values(), backend)
 
 
 def test_extension_absent_and_broken_are_different(monkeypatch: pytest.MonkeyPatch) -> None:
