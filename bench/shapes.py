@@ -1,4 +1,4 @@
-"""The shapes inside LLaVA-HR's tower: ConvNeXt-L and CLIP ViT-L/14, a picture of 1024 x 1024 pixels unless said."""
+"""The shapes inside LLaVA-HR's towers: ConvNeXt-L or -XXL and CLIP ViT-L/14, a picture of 1024 x 1024 unless said."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,18 @@ class Tower:
     """Sizes that everything else follows from.
 
     Args:
-        channels, depths: of the ConvNeXt's stages.
+        name: of the ConvNeXt.
+        channels, depths: of its stages.
+        eps: of its LayerNorms.
         width, layers, heads: of the ViT; its MLP is four times as wide.
         side: of the picture, in pixels.
         language: width of the language model, which the projector writes.
     """
 
+    name: str = "ConvNeXt-L"
     channels: tuple[int, int, int, int] = (192, 384, 768, 1536)
     depths: tuple[int, int, int, int] = (3, 3, 27, 3)
+    eps: float = 1e-6
     width: int = 1024
     layers: int = 24
     heads: int = 16
@@ -31,9 +35,20 @@ class Tower:
         """Side and channels of each stage's map."""
         return [(self.side // (4 << i), channels) for i, channels in enumerate(self.channels)]
 
+    def modes(self) -> dict[str, tuple[int, int]]:
+        """How an MR-Adapter brings one grid to the other: sides of the low and of the high grid.
 
+        The same grid at this tower's side; interpolated, for a picture of 384; pooled, for a picture of 1536 beside a
+        ViT of 336.
+        """
+        return {"same grid": (self.grid, self.grid), "bilinear": (24, 12), "pooled": (24, 48)}
+
+
+VIT = "ViT-L"
 LARGE = Tower()
-TINY = Tower((8, 8, 16, 16), (1, 1, 1, 1), width=32, layers=4, heads=2, side=64, language=32)
+XXLARGE = Tower("ConvNeXt-XXL", (384, 768, 1536, 3072), (3, 4, 30, 3), 1e-5, language=5120)
+TINY = Tower("tiny", (8, 8, 16, 16), (1, 1, 1, 1), width=32, layers=4, heads=2, side=64, language=32)
+TINY_WIDE = Tower("tiny, wide", (16, 16, 24, 24), (1, 1, 1, 1), 1e-5, width=32, layers=4, heads=2, side=64, language=32)
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,19 @@ TESTS = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-p", "no:cachepr
 PARALLEL = ["-n", "4"]
 SHOW = [sys.executable, "-c", "import json, mra_kernels; print(json.dumps(mra_kernels.build_info()))"]
 
+LABELS: dict[str, str | int | bool] = {"suite": "checks"}
+
 
 def build(run: Run) -> None:
     """Builds with CUDA, failing where that is not possible; records what the extension says of itself."""
     if run.rehearsal:
-        run.record(Result("build", "rehearsal", facts={"would run": " ".join(BUILD)}))
+        run.record(Result("build", "rehearsal", LABELS, facts={"would run": " ".join(BUILD)}))
         return
     _logged(BUILD, run.folder / "build.log", {"MRA_CUDA": "on"})
     shown = subprocess.run(SHOW, cwd=ROOT, capture_output=True, text=True, check=False)
     if shown.returncode != 0:
         raise RuntimeError(f"the built extension does not load: {shown.stderr.strip()}")
-    run.record(Result("build", "extension", facts=json.loads(shown.stdout)))
+    run.record(Result("build", "extension", LABELS, facts=json.loads(shown.stdout)))
 
 
 def tests(run: Run) -> None:
@@ -41,7 +43,7 @@ def tests(run: Run) -> None:
         # The libraries' TF32 would be taken for PyTorch's error in float32.
         code = _logged(command, run.folder / "tests.log", {"NVIDIA_TF32_OVERRIDE": "0"}, check=False)
         counts, failed = _read(report)
-    run.record(Result("tests", "on the device", facts=counts | {"failed": failed}))
+    run.record(Result("tests", "on the device", LABELS, facts=counts | {"failed": failed}))
     if run.rehearsal:
         return
     if code != 0 or counts["passed"] == 0:

@@ -1,146 +1,187 @@
-"""Every fused kernel that serves this device, against eager PyTorch, at the tower's shapes.
+"""Each op at the towers' shapes: eager, every backend with a kernel, the library's best routes, and torch.compile.
 
-Which ones exist is asked of the dispatcher, so a new kernel is measured without a change here.
+Which backends have a kernel is asked of the dispatcher, so a new one is measured without a change here. Backward is
+timed alone: the forward runs once, and autograd goes back over the graph that it kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-import mra_kernels
 from bench.compare import Case, measure
-from bench.shapes import LARGE, TINY, Tower
+from bench.shapes import LARGE, TINY, TINY_WIDE, XXLARGE
 from bench.step import Result, Run
-from mra_kernels.dispatch import AUTOMATIC
-from mra_kernels.testing import GRADIENT_FACTOR, VALUE_FACTOR, make_inputs
+from bench.suites.kernel_cases import BACKWARD, DIRECTIONS, Inputs, OpCase, as_list, cases, least_work
+from bench.suites.kernel_problems import Problem, make_problem, served_by
+from bench.suites.library_routes import Route, routes
+from bench.timing import Call
+from mra_kernels import backend_report
+from mra_kernels.dispatch import AUTOMATIC, Choice
+from mra_kernels.ops import OPS
+from mra_kernels.testing import GRADIENT_FACTOR, VALUE_FACTOR
+from mra_model.environment import dtype_name, parse_dtype
+from mra_model.memory import available_memory
 
-DTYPE = torch.bfloat16
+EAGER = "eager"
+COMPILED = "torch.compile"
 
-# Sizes that `make_inputs` takes, under the name of the case.
-Cases = dict[str, tuple]
-
-
-def run(run: Run, *, batch: int) -> None:
-    """Forward, and forward with backward, of each op that a kernel backend serves."""
-    found = False
-    for choice in mra_kernels.backend_report(run.device, DTYPE):
-        backends = [name for name in AUTOMATIC if name not in choice.reasons and name != "reference"]
-        if not backends:
-            continue
-        found = True
-        for label, dims in CASES[choice.op](run.pick(LARGE, TINY), batch).items():
-            inputs = make_inputs(choice.op, *dims, dtype=DTYPE, device=run.device, seed=1)
-            _forward(run, f"{choice.op} {label} B={batch}", choice.op, backends, inputs)
-            _training(run, f"{choice.op} {label} B={batch}", choice.op, backends, inputs)
-    if not found:
-        run.record(Result("fused kernels", "none", facts={"why": "no kernel backend serves this device"}))
+# Whose shapes are measured, by the name of the ConvNeXt.
+MODELS = ("ConvNeXt-L", "ConvNeXt-XXL")
 
 
-def _forward(run: Run, name: str, op: str, backends: list[str], inputs: dict[str, Any]) -> None:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        outputs = _call(op, "reference", inputs)
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-    case = Case(
-        name=f"{name} forward",
-        variants={backend: partial(_without_grad, op, backend, inputs) for backend in ("reference", *backends)},
-        outputs=tuple(f"output {index}" for index in range(len(outputs))),
-        exact=lambda: _without_grad(op, "reference", _exact(inputs)),
-        bytes=sum(tensor.nbytes for tensor in (*tensors, *outputs)),
-        flops=counter.get_total_flops() or None,
-        allowed=VALUE_FACTOR,
-        dtype=DTYPE,
+def run(run: Run, *, op: str, batch: int, dtype: str, models: Sequence[str] = MODELS) -> None:
+    """Forward and backward of one op at every shape: eager, each kernel backend, the library's routes.
+
+    Args:
+        run: of the step.
+        op: its name.
+        batch: pictures.
+        dtype: of maps and parameters, as `bfloat16`.
+        models: whose shapes.
+    """
+    for case in _cases(run, op, models):
+        _measure(run, case, batch, parse_dtype(dtype), compiled=False)
+
+
+def run_compiled(run: Run, *, op: str, batch: int, dtype: str, models: Sequence[str] = MODELS) -> None:
+    """The same cases by torch.compile, beside eager and the automatic choice again, so that they took turns.
+
+    On a GPU with `max-autotune`, less the compiler's own CUDA graphs, since the timing makes a graph of every variant.
+    On a CPU in the default mode: `max-autotune` there is for frozen weights.
+    """
+    for case in _cases(run, op, models):
+        _measure(run, case, batch, parse_dtype(dtype), compiled=True)
+
+
+def automatic(op: str, device: torch.device, dtype: torch.dtype) -> list[Route]:
+    """Eager, and the backend that the dispatcher chooses, where that is another one."""
+    chosen = _choice(op, device, dtype).chosen
+    eager = Route(EAGER, served_by(op, "reference"))
+    return [eager] if chosen == "reference" else [eager, Route(chosen, served_by(op, chosen))]
+
+
+def build(problem: Problem, dtype: torch.dtype, direction: str, variants: Sequence[Route]) -> Case:
+    """What `compare.measure` and `compare.check` take: the variants in one direction against float64, eager first.
+
+    Args:
+        problem: what is computed.
+        dtype: of maps and parameters.
+        direction: `forward` or `backward`.
+        variants: backward leaves those out that are not differentiable.
+    """
+    case, batch = problem.case, problem.batch
+    backward = direction == BACKWARD
+    choice = _choice(case.op, problem.grads[0].device, dtype)
+    least_bytes, flops = least_work(case, batch, dtype, direction)
+    return Case(
+        name=_name(case, batch, dtype, direction),
+        labels=_labels(case, batch, dtype, direction),
+        variants={v.name: _call(problem, direction, v) for v in variants if v.differentiable or not backward},
+        outputs=problem.names(direction),
+        exact=partial(problem.exact, direction),
+        checked=partial(problem.checked, direction),
+        slack=problem.slack(direction),
+        bytes=least_bytes,
+        flops=flops,
+        allowed=GRADIENT_FACTOR if backward else VALUE_FACTOR,
+        dtype=dtype,
+        facts={EAGER: {"auto": choice.chosen, "refused": choice.reasons}},
     )
-    measure(run, case)
 
 
-def _training(run: Run, name: str, op: str, backends: list[str], inputs: dict[str, Any]) -> None:
-    """Forward and backward as autograd runs them, every gradient wanted."""
-    grads = [torch.randn_like(output) for output in _without_grad(op, "reference", inputs)]
-    wanted = [key for key, value in inputs.items() if isinstance(value, Tensor) and key != "mean_weights"]
-    case = Case(
-        name=f"{name} forward and backward",
-        variants={
-            backend: partial(_with_grad, op, backend, inputs, wanted, grads) for backend in ("reference", *backends)
-        },
-        outputs=tuple(f"grad_{key}" for key in wanted),
-        exact=lambda: _with_grad(op, "reference", _exact(inputs), wanted, [grad.double() for grad in grads]),
-        allowed=GRADIENT_FACTOR,
-        dtype=DTYPE,
-    )
-    measure(run, case)
+def _cases(run: Run, op: str, models: Sequence[str]) -> list[OpCase]:
+    towers = {tower.name: tower for tower in (LARGE, XXLARGE)}
+    return cases(op, run.pick([towers[model] for model in models], [TINY, TINY_WIDE]))
 
 
-def _call(op: str, backend: str, inputs: dict[str, Any]) -> list[Tensor]:
-    public: Callable = getattr(mra_kernels, op)
-    with mra_kernels.use_backend(backend):
-        outputs = public(*inputs.values())
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+def _measure(run: Run, case: OpCase, batch: int, dtype: torch.dtype, *, compiled: bool) -> None:
+    """Records both directions of one case, or that there is too little memory for it."""
+    missing = _missing_memory(case, batch, dtype, run.device)
+    if missing is not None:
+        for direction in DIRECTIONS:
+            labels = _labels(case, batch, dtype, direction)
+            run.record(Result(_name(case, batch, dtype, direction), EAGER, labels, failure=missing))
+        return
+    problem = make_problem(case, batch, dtype, run.device)
+    for direction in DIRECTIONS:
+        if compiled:
+            _measure_compiled(run, problem, dtype, direction)
+        else:
+            variants = _backends(case.op, run.device, dtype) + routes(case.op, problem.inputs)
+            measure(run, build(problem, dtype, direction, variants))
 
 
-@torch.no_grad()
-def _without_grad(op: str, backend: str, inputs: dict[str, Any]) -> list[Tensor]:
-    return _call(op, backend, inputs)
+def _measure_compiled(run: Run, problem: Problem, dtype: torch.dtype, direction: str) -> None:
+    op = problem.case.op
+    options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if run.device.type == "cuda" else {}
+    # A rehearsal has no compiler to rely on; the tracing is the same.
+    compiled = torch.compile(OPS[op].reference, dynamic=False, **run.pick(options, {"backend": "eager"}))
+
+    def function(inputs: Inputs) -> list[Tensor]:
+        return as_list(compiled(*inputs.values()))
+
+    variants = [*automatic(op, run.device, dtype), Route(COMPILED, function)]
+    case = build(problem, dtype, direction, variants)
+    case.labels["compiled"] = True
+    case.facts[COMPILED] = {"mode": options.get("mode", "default")}
+    # A graph that is kept for many backwards may not give its buffers away.
+    with torch._functorch.config.patch(donated_buffer=False):
+        measure(run, replace(case, name=f"{case.name}, compiled"))
+    # Compiled code is kept by function for a few shapes; the next ones would run uncompiled.
+    torch.compiler.reset()
 
 
-def _with_grad(
-    op: str, backend: str, inputs: dict[str, Any], wanted: list[str], grads: list[Tensor]
-) -> tuple[Tensor, ...]:
-    leaves = {key: value.detach().requires_grad_() if key in wanted else value for key, value in inputs.items()}
-    outputs = _call(op, backend, leaves)
-    return torch.autograd.grad(outputs, [leaves[key] for key in wanted], grads)
+def _backends(op: str, device: torch.device, dtype: torch.dtype) -> list[Route]:
+    """Eager, and every backend that has a kernel."""
+    refused = _choice(op, device, dtype).reasons
+    kernels = [name for name in AUTOMATIC if name != "reference" and name not in refused]
+    return [Route(EAGER, served_by(op, "reference")), *(Route(name, served_by(op, name)) for name in kernels)]
 
 
-def _exact(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.double() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+def _choice(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    return next(choice for choice in backend_report(device, dtype) if choice.op == op)
 
 
-def _stage_maps(tower: Tower, batch: int) -> Cases:
-    return {f"{side}x{side}x{c}": (batch, side, side, c) for side, c in tower.stages()}
+def _call(problem: Problem, direction: str, variant: Route) -> Call:
+    call = problem.call(direction, variant.function)
+    if variant.context is nullcontext:
+        return call
+
+    def inside() -> Sequence[Tensor]:
+        with variant.context():
+            return call()
+
+    return inside
 
 
-def _linear_gelu(tower: Tower, batch: int) -> Cases:
-    grid, high = tower.side // 32, tower.channels[-1]
-    stages = {f"{side}x{side}x{c}": ((batch, side, side), c, 4 * c) for side, c in tower.stages()}
-    return stages | {f"adapter {grid}x{grid}x{high}": ((batch, grid, grid), high, high, True)}
+def _name(case: OpCase, batch: int, dtype: torch.dtype, direction: str) -> str:
+    return f"{case.name}, B={batch} {dtype_name(dtype)} {direction}"
 
 
-def _linear_scale_residual(tower: Tower, batch: int) -> Cases:
-    return {f"{side}x{side}x{c}": ((batch, side, side), 4 * c, c) for side, c in tower.stages()}
-
-
-def _gated_resample_add(tower: Tower, batch: int) -> Cases:
-    """The three modes: 1024 pixels; 384 pixels, interpolated; 1536 pixels with a ViT of 336, pooled."""
-    grid, c = tower.grid, tower.width
+def _labels(case: OpCase, batch: int, dtype: torch.dtype, direction: str) -> dict[str, str | int | bool]:
     return {
-        f"same grid {grid}x{grid}x{c}": (batch, grid, grid, grid, grid, c),
-        f"bilinear 12x12 to 24x24x{c}": (batch, 24, 24, 12, 12, c),
-        f"pooled 48x48 to 24x24x{c}": (batch, 24, 24, 48, 48, c),
+        "suite": "kernels",
+        "op": case.op,
+        "shape": case.shape,
+        "model": case.model,
+        "place": case.place,
+        "batch": batch,
+        "dtype": dtype_name(dtype),
+        "direction": direction,
+        "compiled": False,
     }
 
 
-CASES: dict[str, Callable[[Tower, int], Cases]] = {
-    "adapter_gate": lambda tower, batch: {f"{tower.width}": (batch, tower.width, tower.width // 2)},
-    "depthwise_conv_gelu": lambda tower, batch: {
-        f"{tower.grid}x{tower.grid}x{tower.width}": (batch, tower.grid, tower.grid, tower.width)
-    },
-    "depthwise_conv_norm": _stage_maps,
-    "gated_projection_add": lambda tower, batch: {
-        f"{tower.grid}x{tower.grid}x{tower.width}": (
-            (batch, tower.grid, tower.grid),
-            tower.width,
-            tower.width,
-            tower.channels[-1],
-        )
-    },
-    "gated_resample_add": _gated_resample_add,
-    "linear_gelu": _linear_gelu,
-    "linear_scale_residual": _linear_scale_residual,
-    "norm_patchify": lambda tower, batch: dict(list(_stage_maps(tower, batch).items())[:-1]),
-    "patch_conv_norm": lambda tower, batch: {
-        f"{tower.side}x{tower.side}": (batch, 3, tower.side, tower.side, tower.channels[0])
-    },
-}
+def _missing_memory(case: OpCase, batch: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the case is not tried, by an estimate: data and graphs of several variants, and float64 of one picture."""
+    least, _ = least_work(case, batch, dtype, BACKWARD)
+    needed = 5 * least + 6 * (least // batch) * 8 // dtype.itemsize
+    available = available_memory(device)
+    if needed <= available:
+        return None
+    return f"not measured: needs about {needed / 2**30:.0f} GiB, and {available / 2**30:.0f} GiB are available"

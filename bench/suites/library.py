@@ -24,11 +24,14 @@ def run(run: Run, *, batch: int) -> None:
         x, grad = (torch.randn(batch, side, side, channels, device=run.device, dtype=torch.bfloat16) for _ in range(2))
         weight = torch.randn(channels, 1, 7, 7, device=run.device, dtype=torch.bfloat16) / 7
         bias = torch.randn(channels, device=run.device, dtype=torch.bfloat16)
-        shape = f"{side}x{side}x{channels} B={batch}"
+        shape = f"{side}x{side}x{channels}"
         flops = 98 * x.numel()
         for name, case in _cases(x, grad, weight, bias).items():
             variants, output, exact = case
-            measure(run, Case(f"depthwise 7x7 {name} {shape}", variants, (output,), exact, 2 * x.nbytes, flops))
+            title = f"depthwise 7x7 {name} {shape} B={batch}"
+            labels: dict[str, str | int | bool] = {"suite": "library", "what": f"depthwise 7x7, {name}"}
+            labels |= {"shape": shape, "batch": batch, "dtype": "bfloat16"}
+            measure(run, Case(title, variants, (output,), exact, 2 * x.nbytes, flops, labels=labels))
 
 
 def _cases(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> dict[str, tuple[dict[str, Call], str, Call]]:
