@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 import mra_kernels
-from bench.kernels import CASES
 from bench.shapes import LARGE
+from bench.suites.kernel_cases import cases
 from mra_kernels.dispatch import why_not
 from mra_kernels.modules import ConvNeXt, Merge, MRAdapter
 from mra_kernels.native import _extension
@@ -60,9 +60,9 @@ def calls(
 ) -> list[Any]:
     """Every op's first `shapes` shapes, for `batch` pictures of 1024 x 1024, by every backend that serves it."""
     found = [
-        Call(op, label, dims, Route("cuda", backend, dtype))
+        Call(op, f"{case.model} {case.shape}", case.sizes(batch), Route("cuda", backend, dtype))
         for op, operator in OPS.items()
-        for label, dims in list(CASES[op](LARGE, batch).items())[:shapes]
+        for case in cases(op, [LARGE])[:shapes]
         for backend in backends
         for dtype in dtypes
         if why_not(operator.backends, backend, DEVICE, dtype) is None
