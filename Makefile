@@ -27,7 +27,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench,dev]'
 	touch $@
 
 clean:

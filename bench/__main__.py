@@ -1,63 +1,184 @@
 """The command line of the benchmarks: `python -m bench --help`, from the repository root."""
 
 import sys
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from bench import session
+from bench import plan
 from bench import stamp as stamps
-from bench.record import ResultsMismatch
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Benchmarks; run them from the repository root.")
 
 
+class DeviceName(StrEnum):
+    """Where to measure; `auto` is a GPU where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Device = Annotated[DeviceName, typer.Option(help="Where to measure; auto is a GPU where there is one.")]
+Minutes = Annotated[
+    float | None, typer.Option(min=0.1, help="Start no step that does not fit into what is left of these.")
+]
+Out = Annotated[Path | None, typer.Option(help="Results folder; default bench/results/<machine>/<date>-<commit>.")]
+Only = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Steps of this name; may be given again.")]
+Force = Annotated[bool, typer.Option("--force", help="Repeat steps whose results are there.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="List the steps and rehearse each on the CPU, tiny; keeps nothing.")
+]
+Scratch = Annotated[bool, typer.Option("--scratch", help="Measure whatever is here, and keep nothing.")]
+Commit = Annotated[str | None, typer.Option(help="Commit of a copy that has no repository.")]
+Tree = Annotated[str | None, typer.Option(help="Its tree; goes with --commit.")]
+Dirty = Annotated[bool, typer.Option("--dirty", help="The copy differs from --commit.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every measuring command takes besides its device."""
+
+    minutes: float | None
+    out: Path | None
+    only: list[str] | None
+    force: bool
+    dry_run: bool
+    scratch: bool
+    commit: str | None
+    tree: str | None
+    dirty: bool
+
+
+def _measuring(name: str, help: str) -> None:
+    """Adds a command that runs its part of the plan."""
+
+    def command(
+        device: Device = DeviceName.auto,
+        minutes: Minutes = None,
+        out: Out = None,
+        only: Only = None,
+        force: Force = False,
+        dry_run: DryRun = False,
+        scratch: Scratch = False,
+        commit: Commit = None,
+        tree: Tree = None,
+        dirty: Dirty = False,
+    ) -> None:
+        _run(name, device, Options(minutes, out, only, force, dry_run, scratch, commit, tree, dirty))
+
+    app.command(name, help=help)(command)
+
+
+_measuring(
+    "kernels", "Every op beside eager, torch.compile and the library, and the ceilings that they are held against."
+)
+_measuring("vision", "The vision tower: forward and training step, eager, fused and compiled.")
+_measuring("e2e", "Whole answers of LLaVA-HR and LLaVA-1.5: the paper's table.")
+_measuring("train", "A training step of stage 1 and stage 2.")
+_measuring("profile", "The slowest kernels of eager and fused, and traces for Perfetto.")
+_measuring("all", "Everything, most important first.")
+
+
 @app.command()
 def gpu(
-    minutes: Annotated[float, typer.Option(min=0.1, help="Stop starting steps when these are used up.")] = 30.0,
-    out: Annotated[
-        Path | None, typer.Option(help="Results folder; default bench/results/<device>/<date>-<commit>.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option(help="List the steps and rehearse each on the CPU; keeps nothing.")] = False,
-    only: Annotated[list[str] | None, typer.Option(metavar="STEP", help="This step; may be given again.")] = None,
-    force: Annotated[bool, typer.Option(help="Repeat steps whose results are there.")] = False,
-    commit: Annotated[str | None, typer.Option(help="Commit of a copy that has no repository.")] = None,
-    tree: Annotated[str | None, typer.Option(help="Its tree; goes with --commit.")] = None,
-    dirty: Annotated[bool, typer.Option("--dirty", help="The copy differs from --commit.")] = False,
+    minutes: Minutes = 30.0,
+    out: Out = None,
+    only: Only = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    scratch: Scratch = False,
+    commit: Commit = None,
+    tree: Tree = None,
+    dirty: Dirty = False,
 ) -> None:
-    """Builds, tests and measures on a machine with a GPU and no network; goes on where an earlier run stopped."""
-    steps = only or []
+    """Builds, tests and measures everything on a machine with a GPU and no network."""
+    _run("gpu", DeviceName.cuda, Options(minutes, out, only, force, dry_run, scratch, commit, tree, dirty))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of machines' results.")] = stamps.RESULTS,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = stamps.RESULTS / "report.html",
+    readme: Annotated[Path | None, typer.Option(help="A file whose summary of results is brought up to date.")] = None,
+) -> None:
+    """Writes one page of all results that are kept, and the README's summary."""
+    from bench import report as reports
+    from bench.record import ResultsMismatch
+    from bench.report.readme import NoMarkers
+
     try:
-        if dry_run:
-            good = session.rehearse(stamps.Stamp("rehearsal", "rehearsal", True), steps, typer.echo)
-        else:
-            stamp = _stamp(commit, tree, dirty)
-            command = " ".join(["python -m bench", *sys.argv[1:]])
-            good = session.measure(stamp, minutes, out, steps, force, command, typer.echo)
-    except (session.CannotRun, ResultsMismatch, stamps.NoStamp) as error:
-        typer.echo(f"bench gpu: {error}", err=True)
-        raise typer.Exit(2) from error
-    if not good:
-        raise typer.Exit(1)
+        typer.echo(reports.write(results, out, readme))
+    except (ResultsMismatch, NoMarkers) as error:
+        _fail("report", error)
 
 
 @app.command()
 def stamp() -> None:
-    """Prints the options that tell `bench gpu` which commit a copy of this repository is."""
+    """Prints the options that tell the other commands which commit a copy of this repository is."""
     try:
         typer.echo(stamps.from_git().options())
     except stamps.NoStamp as error:
-        typer.echo(f"bench stamp: {error}", err=True)
-        raise typer.Exit(2) from error
+        _fail("stamp", error)
 
 
-def _stamp(commit: str | None, tree: str | None, dirty: bool) -> stamps.Stamp:
-    if commit is None and tree is None:
+def _run(name: str, device: DeviceName, options: Options) -> None:
+    """Rehearses, tries out or measures a command's steps; exits with 2 if it cannot start and 1 if a step failed."""
+    # Imported late, so that `--help` does not wait for it.
+    from bench import session
+    from bench.record import ResultsMismatch
+
+    try:
+        if options.out is not None and (options.dry_run or options.scratch):
+            raise session.CannotRun("--dry-run and --scratch keep nothing: leave --out away")
+        good = _rehearse(name, device, options) if options.dry_run else _measure(name, device, options)
+    except (session.CannotRun, ResultsMismatch, stamps.NoStamp, plan.NoSuchStep) as error:
+        _fail(name, error)
+    if not good:
+        raise typer.Exit(1)
+
+
+def _rehearse(name: str, device: DeviceName, options: Options) -> bool:
+    from bench import session
+
+    # The steps for a GPU can be rehearsed without one.
+    kind = session.choose_device("auto").type if device == DeviceName.auto else device.value
+    return session.rehearse(plan.select(name, kind, options.only or ()), kind, typer.echo)
+
+
+def _measure(name: str, device: DeviceName, options: Options) -> bool:
+    from bench import session
+
+    chosen = session.choose_device(device.value)
+    steps = plan.select(name, chosen.type, options.only or ())
+    if options.scratch:
+        return session.try_out(steps, chosen, minutes=options.minutes, say=typer.echo)
+    return session.measure(
+        steps,
+        chosen,
+        _stamp(options),
+        out=options.out,
+        minutes=options.minutes,
+        force=options.force,
+        command=" ".join(["python -m bench", *sys.argv[1:]]),
+        say=typer.echo,
+    )
+
+
+def _stamp(options: Options) -> stamps.Stamp:
+    if options.commit is None and options.tree is None:
         return stamps.from_git()
-    if commit is None or tree is None:
+    if options.commit is None or options.tree is None:
         raise stamps.NoStamp("--commit and --tree go together; `python -m bench stamp` prints both")
-    return stamps.Stamp(commit, tree, dirty)
+    return stamps.from_options(options.commit, options.tree, options.dirty)
+
+
+def _fail(name: str, error: Exception) -> NoReturn:
+    typer.echo(f"bench {name}: {error}", err=True)
+    raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

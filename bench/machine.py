@@ -10,35 +10,47 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("triton", "transformers", "numpy", "nvidia-cudnn-cu13", "nvidia-cublas")
+from mra_model import environment
+
+# Beyond those of `environment.PACKAGES`.
+_PACKAGES = ("nvidia-cudnn-cu13", "nvidia-cublas")
+
+# The commit says which; it may be built after this is asked.
+_MEASURED = "mra-kernels"
+
 _STATE = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "pstate")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Hardware and versions, for the head of a results file."""
+    """Hardware and versions, for the head of a results file. No host name, no user, no paths.
+
+    `keeps_freed_memory` says whether the processes that measure on a CPU can tell glibc to keep what is freed, as they
+    do before anything else; this process is told so, too.
+    """
+    on_gpu = device.type == "cuda"
+    versions = environment.versions() | {name: _version(name) for name in _PACKAGES}
     return {
-        "device": device_name(device),
-        "gpu": _gpu(device) if device.type == "cuda" else None,
-        "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "device": environment.device_name(device),
+        "type": device.type,
+        "cpu": environment.hardware()["cpu"] | {"last_level_cache_bytes": environment.last_level_cache()},
+        "gpu": _gpu(device) if on_gpu else None,
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "system": platform.platform(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        }
-        | {name: _version(name) for name in _PACKAGES},
+        "release": _release(),
+        "allocator": {
+            "name": " ".join(platform.libc_ver()).strip() or None,
+            "keeps_freed_memory": not on_gpu and environment.keep_freed_memory(),
+        },
+        "versions": {name: value for name, value in versions.items() if name != _MEASURED},
     }
 
 
-def device_name(device: torch.device) -> str:
-    """`NVIDIA H200`, or the processor's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-
-
-def folder_name(device: torch.device) -> str:
-    """The device's name as a folder: `nvidia-h200`."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+def folder_name(machine: dict[str, Any]) -> str:
+    """What `describe` gave -> the machine's folder: `nvidia-h200`, `amd-epyc-2-cores`."""
+    name = machine["device"]
+    if machine["type"] == "cpu":
+        name += f" {machine['cpu']['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def gpu_state() -> dict[str, str]:
@@ -56,40 +68,42 @@ def gpu_state() -> dict[str, str]:
     return dict(zip(_STATE, (value.strip() for value in done.stdout.split(",")), strict=False))
 
 
+def session_seconds(leader: int) -> float:
+    """CPU seconds that the processes of a session have used, with those of their children that have ended.
+
+    Args:
+        leader: its process id.
+    """
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name before the parenthesis may have spaces. Then come state, parent, group, session, ...
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            # It ended since the folder was listed.
+            continue
+        if int(fields[3]) == leader:
+            # utime, stime, and both of the children that were waited for.
+            ticks += sum(int(field) for field in fields[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return environment.gpus()[index] | {
         "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
-        "driver": _driver(),
         "state_at_start": gpu_state(),
     }
 
 
-def _driver() -> str:
+def _release() -> str | None:
+    """The system's name for itself: `Debian GNU/Linux 12 (bookworm)`."""
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown: nvidia-smi: {error}"
-    return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        return platform.freedesktop_os_release().get("PRETTY_NAME")
+    except OSError:
+        return None
 
 
 def _version(package: str) -> str | None:

@@ -4,11 +4,13 @@ A machine with a GPU may hold a copy of the files without their repository. Then
 `python -m bench stamp`, run where the repository is, prints the options to pass.
 """
 
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 
 # Results are written beside the sources and change nothing about what was measured.
 _SOURCES = (".", ":!bench/results")
@@ -42,6 +44,18 @@ def from_git(root: Path = ROOT) -> Stamp:
         tree=_git(root, "rev-parse", "HEAD^{tree}"),
         dirty=bool(_git(root, "status", "--porcelain", "--", *_SOURCES)),
     )
+
+
+def from_options(commit: str, tree: str, dirty: bool) -> Stamp:
+    """The stamp that `options` printed.
+
+    Raises:
+        NoStamp: a hash is not a full one.
+    """
+    for name, value in (("commit", commit), ("tree", tree)):
+        if not re.fullmatch("[0-9a-f]{40}", value):
+            raise NoStamp(f"--{name} {value} is no full hash of 40 digits; `python -m bench stamp` prints both")
+    return Stamp(commit, tree, dirty)
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -9,6 +9,12 @@ import torch
 
 T = TypeVar("T")
 
+# Variants that compute with kernels of this package; `fused, CUDA graph` is one of them too.
+OURS = ("native", "triton", "fused")
+
+# How a failure begins that says nothing about the kernel: too little memory, or nothing to compare with.
+_EXCUSES = ("NotEnoughMemory", "OutOfMemoryError", "not measured", "not checked")
+
 
 @dataclass(frozen=True)
 class Times:
@@ -55,6 +61,12 @@ class Result:
     launches: int | None = None
     failure: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether a kernel of this package is wrong or broken; a library that refuses a shape is only a finding."""
+        ours = self.variant.split(",")[0] in OURS
+        return ours and self.failure is not None and not self.failure.startswith(_EXCUSES)
 
 
 @dataclass(frozen=True)

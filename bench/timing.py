@@ -1,6 +1,6 @@
-"""Timing: CUDA events, warm-up, variants interleaved, warm and cold L2, and the names of the kernels that ran.
+"""Timing: warm-up, variants in turns, warm and cold caches, whole calls, and the names of the kernels that ran.
 
-On a CPU, which only rehearses, each variant runs once against the wall clock.
+On a GPU by CUDA events and graph replays, on a CPU by the clock.
 """
 
 import time
@@ -14,13 +14,24 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.step import Times
+from mra_model.environment import last_level_cache
+from mra_model.timing import synchronize
 
 Call = Callable[[], Any]
 
-# A graph repeats a kernel until it lasts this long, so that launching the graph weighs nothing.
-GRAPH_SECONDS = 300e-6
+# A kernel is repeated in a row until the row lasts this long, so that launching it or reading the clock weighs nothing.
+ROW_SECONDS = 300e-6
 MAX_REPEATS = 32
+
+# At least and at most.
 ROUNDS = (7, 50)
+
+# Where the least number of rounds would last this many times longer than wanted, there are fewer, but `FEWEST`.
+PATIENCE = 10.0
+FEWEST = 3
+
+# Beyond this a call needs no second one to know how long it takes.
+LONG = 0.25
 
 
 def summarize(samples: list[float]) -> Times:
@@ -32,47 +43,53 @@ def summarize(samples: list[float]) -> Times:
     return Times(round(median(rounded), 3), round(cuts[0], 3), round(cuts[3], 3), rounded)
 
 
-def kernel_times(calls: Mapping[str, Call], device: torch.device, seconds: float = 0.6) -> dict[str, dict[str, Times]]:
-    """GPU time of each call without its launch gaps: replays of a CUDA graph, the variants taking turns.
+def kernel_times(
+    calls: Mapping[str, Call], device: torch.device, seconds: float = 0.6, once: bool = False
+) -> dict[str, dict[str, Times]]:
+    """The time of each call alone, the variants taking turns; on a GPU without launch gaps, by replays of a CUDA graph.
 
     Args:
-        calls: by variant; each must be capturable and is warmed up first.
-        seconds: to spend on all of them, roughly.
+        calls: by variant; each is warmed up first. On a GPU it must be capturable.
+        device: that the calls compute on.
+        seconds: to spend on all of them, roughly, warm and cold each.
+        once: one round, to show that it runs; its times mean nothing.
 
     Returns:
-        By variant, `warm`: one call in a row of the same, the L2 as the last one left it; `cold`: one call after its
-        inputs were evicted from L2. A cold time includes launching a graph of one call, a few microseconds, which
-        `launch_floor` measures.
+        By variant, `warm`: one call in a row of the same, the cache as the last one left it; `cold`: one call after its
+        inputs were evicted from the L2, or from the CPU's last-level cache. A cold time on a GPU includes launching a
+        graph of one call, a few microseconds, which `launch_floor` measures. On a CPU whose system does not tell the
+        size of its cache there is no `cold`.
     """
-    if device.type == "cpu":
-        return {name: {"warm": _wall(call), "cold": _wall(call)} for name, call in calls.items()}
-    estimates = {name: _estimate(call) for name, call in calls.items()}
-    repeats = {name: min(MAX_REPEATS, max(1, round(GRAPH_SECONDS / t))) for name, t in estimates.items()}
-    singles = {name: capture(call) for name, call in calls.items()}
-    rows = {name: capture(call, repeats[name]) for name, call in calls.items()}
-    flush = _flusher(device)
-    rounds = _rounds(seconds, sum((repeats[name] + 1) * t for name, t in estimates.items()))
-    warm = _interleave(rows, rounds, None)
-    cold = _interleave(singles, rounds, flush)
-    return {
-        name: {
-            "warm": summarize([sample / repeats[name] for sample in warm[name]]),
-            "cold": summarize(cold[name]),
-        }
-        for name in calls
-    }
+    estimates = {name: LONG if once else _estimate(call, device) for name, call in calls.items()}
+    repeats = {name: min(MAX_REPEATS, max(1, round(ROW_SECONDS / t))) for name, t in estimates.items()}
+    make = capture if device.type == "cuda" else _row
+    singles = {name: make(call, 1) for name, call in calls.items()}
+    rows = {name: make(call, repeats[name]) for name, call in calls.items()}
+    rounds = 1 if once else _rounds(seconds, sum(repeats[name] * t for name, t in estimates.items()))
+    warm = _interleave(rows, rounds, device)
+    times = {name: {"warm": summarize([sample / repeats[name] for sample in warm[name]])} for name in calls}
+    flush = _flusher(device, once)
+    if flush is not None:
+        flushes = 0.0 if once else len(calls) * _estimate(flush, device)
+        rounds = 1 if once else _rounds(seconds, sum(estimates.values()) + flushes)
+        for name, samples in _interleave(singles, rounds, device, flush).items():
+            times[name]["cold"] = summarize(samples)
+    return times
 
 
-def call_times(calls: Mapping[str, Call], device: torch.device, seconds: float = 2.0) -> dict[str, dict[str, Times]]:
-    """What a caller waits for one call, from an idle GPU to the end of its work: launch gaps count.
+def call_times(
+    calls: Mapping[str, Call], device: torch.device, seconds: float = 2.0, once: bool = False
+) -> dict[str, dict[str, Times]]:
+    """What a caller waits for one call, from an idle device to the end of its work: launch gaps count.
+
+    Args:
+        calls, device, seconds, once: see `kernel_times`.
 
     Returns:
         By variant, `call`. The variants take turns.
     """
-    if device.type == "cpu":
-        return {name: {"call": _wall(call)} for name, call in calls.items()}
-    estimates = {name: _estimate(call) for name, call in calls.items()}
-    samples = _interleave(calls, _rounds(seconds, sum(estimates.values())), None, idle=True)
+    rounds = 1 if once else _rounds(seconds, sum(_estimate(call, device) for call in calls.values()))
+    samples = _interleave(calls, rounds, device, idle=True)
     return {name: {"call": summarize(samples[name])} for name in calls}
 
 
@@ -130,60 +147,91 @@ def kernel_names(call: Call, device: torch.device) -> list[dict[str, Any]]:
     return sorted(found, key=lambda kernel: -kernel["us"])
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for the device's work; nothing to do on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _row(call: Call, repeats: int) -> Call:
+    """`repeats` calls as one."""
+    if repeats == 1:
+        return call
+
+    def row() -> None:
+        for _ in range(repeats):
+            call()
+
+    return row
 
 
 def _interleave(
-    calls: Mapping[str, Call], rounds: int, before: Call | None, idle: bool = False
+    calls: Mapping[str, Call], rounds: int, device: torch.device, before: Call | None = None, idle: bool = False
 ) -> dict[str, list[float]]:
     """Microseconds of each call in each round; `before` runs ahead of each, untimed."""
     names = list(calls)
-    pairs: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
+    samples: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
+    timed = _by_events if device.type == "cuda" else _by_clock
     for index in range(rounds):
         # Each round starts with another variant, so that none always follows the same one.
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             if before is not None:
                 before()
             if idle:
-                torch.cuda.synchronize()
-            start.record()
-            calls[name]()
-            end.record()
-            pairs[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: [1e3 * start.elapsed_time(end) for start, end in of] for name, of in pairs.items()}
+                synchronize(device)
+            samples[name].append(timed(calls[name]))
+    synchronize(device)
+    return {name: [read() for read in of] for name, of in samples.items()}
 
 
-def _estimate(call: Call) -> float:
-    """Seconds of one call, after at least 30 ms of the same, which also brings the clocks up."""
+def _by_events(call: Call) -> Callable[[], float]:
+    """Its microseconds on the GPU, to be read after a synchronization."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
     call()
-    torch.cuda.synchronize()
+    end.record()
+    return lambda: 1e3 * start.elapsed_time(end)
+
+
+def _by_clock(call: Call) -> Callable[[], float]:
+    begin = time.perf_counter()
+    call()
+    passed = 1e6 * (time.perf_counter() - begin)
+    return lambda: passed
+
+
+def _estimate(call: Call, device: torch.device) -> float:
+    """Seconds of one call, after at least 30 ms of the same, which also brings the clocks up."""
+    begin = time.perf_counter()
+    call()
+    synchronize(device)
+    first = time.perf_counter() - begin
+    if first > LONG:
+        return first
     begin, count = time.perf_counter(), 0
     while count < 3 or time.perf_counter() - begin < 0.03:
         call()
         count += 1
-        torch.cuda.synchronize()
+        synchronize(device)
     return (time.perf_counter() - begin) / count
 
 
 def _rounds(seconds: float, one: float) -> int:
+    """How many rounds to make.
+
+    Args:
+        seconds: that they should take.
+        one: seconds of one round.
+    """
     low, high = ROUNDS
+    low = min(low, max(FEWEST, int(PATIENCE * seconds / one)))
     return min(high, max(low, round(seconds / one)))
 
 
-def _flusher(device: torch.device) -> Call:
-    """Reads four times the L2, so that inputs leave it and no written line is left to be stored in a timed region."""
-    size = torch.cuda.get_device_properties(device).L2_cache_size
-    buffer = torch.randn(size, device=device)
+def _flusher(device: torch.device, tiny: bool = False) -> Call | None:
+    """Reads four times the cache, so that inputs leave it and no written line is left to be stored in a timed region.
+
+    On a GPU that is the L2, on a CPU the last level's. None where its size is unknown. `tiny` reads almost nothing.
+    """
+    on_gpu = device.type == "cuda"
+    size = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else last_level_cache()
+    if size is None:
+        return None
+    # Four bytes each; written once, since pages that never were are all the same one.
+    buffer = torch.ones(1 if tiny else size, device=device)
     return buffer.sum
-
-
-def _wall(call: Call) -> Times:
-    begin = time.perf_counter()
-    call()
-    return summarize([1e6 * (time.perf_counter() - begin)])

@@ -28,7 +28,7 @@ class Worker:
     """
 
     def __init__(self, device: torch.device, rehearsal: bool, folder: Path) -> None:
-        self.rehearsal = rehearsal
+        self.device, self.rehearsal = device, rehearsal
         self._settings = (device, rehearsal, folder)
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
@@ -58,6 +58,13 @@ class Worker:
         except StepFailed:
             self.stop()
             raise
+
+    def start(self) -> int:
+        """Starts the process where none is running; its id, which is its session's too."""
+        self._start()
+        if self._process is None or self._process.pid is None:
+            raise RuntimeError("the worker process has no id")
+        return self._process.pid
 
     def stop(self) -> None:
         """Ends the process and everything that it started."""
@@ -90,6 +97,12 @@ class Worker:
 def _work(pipe: Connection, device: torch.device, rehearsal: bool, folder: Path) -> None:
     """The worker's side: steps come in; results go out, then None, or the traceback of what a step raised."""
     os.setsid()
+    if device.type == "cpu":
+        # Imported here, because on a GPU the first step builds what this imports.
+        from mra_model.environment import keep_freed_memory
+
+        # For all variants alike: else one faults pages in again that another left behind.
+        keep_freed_memory()
     pipe.send(None)
     run = Run(device, rehearsal, folder, pipe.send)
     while True:

@@ -27,6 +27,8 @@ _INSTRUCTION_SETS = (
 )
 _BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
+# How sysfs writes the size of a cache.
+_SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -155,6 +157,12 @@ def instruction_sets() -> list[str]:
     # x86 calls them flags, Arm features.
     flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
     return [name for name in _INSTRUCTION_SETS if name in flags]
+
+
+def last_level_cache() -> int | None:
+    """Bytes of the largest cache that the first core reaches; None where the system does not tell."""
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * _SIZES[size[-1]] for size in sizes), default=None)
 
 
 def nvcc() -> dict[str, str] | None:

@@ -44,9 +44,8 @@ def tests(run: Run) -> None:
         code = _logged(command, run.folder / "tests.log", {"NVIDIA_TF32_OVERRIDE": "0"}, check=False)
         counts, failed = _read(report)
     run.record(Result("tests", "on the device", LABELS, facts=counts | {"failed": failed}))
-    if run.rehearsal:
-        return
-    if code != 0 or counts["passed"] == 0:
+    # Without a GPU every test is skipped.
+    if code != 0 or (counts["passed"] == 0 and not run.rehearsal):
         raise RuntimeError(f"pytest ended with {code}: {counts}, failed: {failed}; see tests.log")
 
 

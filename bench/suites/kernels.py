@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.compare import Case, measure
-from bench.shapes import LARGE, TINY, TINY_WIDE, XXLARGE
+from bench.shapes import LARGE, TINY, TINY_WIDE, VIT, XXLARGE
 from bench.step import Result, Run
 from bench.suites.kernel_cases import BACKWARD, DIRECTIONS, Inputs, OpCase, as_list, cases, least_work
 from bench.suites.kernel_problems import Problem, make_problem, served_by
@@ -42,7 +42,7 @@ def run(run: Run, *, op: str, batch: int, dtype: str, models: Sequence[str] = MO
         op: its name.
         batch: pictures.
         dtype: of maps and parameters, as `bfloat16`.
-        models: whose shapes.
+        models: whose shapes; those of the ViT are the first one's.
     """
     for case in _cases(run, op, models):
         _measure(run, case, batch, parse_dtype(dtype), compiled=False)
@@ -95,8 +95,11 @@ def build(problem: Problem, dtype: torch.dtype, direction: str, variants: Sequen
 
 
 def _cases(run: Run, op: str, models: Sequence[str]) -> list[OpCase]:
-    towers = {tower.name: tower for tower in (LARGE, XXLARGE)}
-    return cases(op, run.pick([towers[model] for model in models], [TINY, TINY_WIDE]))
+    if run.rehearsal:
+        return cases(op, [TINY, TINY_WIDE])
+    # What depends on the ViT alone goes with the first model, however many are measured apart.
+    wanted = {*models, VIT} if MODELS[0] in models else set(models)
+    return [case for case in cases(op, [LARGE, XXLARGE]) if case.model in wanted]
 
 
 def _measure(run: Run, case: OpCase, batch: int, dtype: torch.dtype, *, compiled: bool) -> None:
