@@ -103,13 +103,17 @@ def gpu(
 def report(
     results: Annotated[Path, typer.Option(help="Folder of machines' results.")] = stamps.RESULTS,
     out: Annotated[Path, typer.Option(help="The page to write.")] = stamps.RESULTS / "report.html",
-    readme: Annotated[Path | None, typer.Option(help="A file whose summary of results is brought up to date.")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="A file whose summary is brought up to date; README.md with the default folder.")
+    ] = None,
 ) -> None:
     """Writes one page of all results that are kept, and the README's summary."""
     from bench import report as reports
     from bench.record import ResultsMismatch
     from bench.report.readme import NoMarkers
 
+    if readme is None and results == stamps.RESULTS:
+        readme = stamps.ROOT / "README.md"
     try:
         typer.echo(reports.write(results, out, readme))
     except (ResultsMismatch, NoMarkers) as error:
