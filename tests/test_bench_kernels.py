@@ -185,8 +185,9 @@ class TestRoutes:
         found = {op: [route.name for route in routes(op, make_inputs(op, *first_case(op).sizes(1)))] for op in OPS}
         assert all(name.startswith("library: ") for names in found.values() for name in names)
         assert all(len(set(names)) == len(names) for names in found.values())
-        assert {op for op, names in found.items() if not names} <= {"adapter_gate"} | (
-            set() if has_onednn() else {"linear_gelu"}
+        eager_is_best = {"adapter_gate", "depthwise_conv_norm"}
+        assert {op for op, names in found.items() if not names} <= eager_is_best | (
+            set() if has_onednn() else {"depthwise_conv_gelu", "linear_gelu"}
         )
 
     def test_the_epilogue_of_cublaslt_is_the_approximation(self) -> None:

@@ -256,8 +256,6 @@ NCHW = "NCHW with copies"
 _CONVOLUTIONS = ("depthwise_conv_gelu", "depthwise_conv_norm", "patch_conv_norm")
 _Maker = Callable[[Inputs], list[Route]]
 _COMMON: dict[str, _Maker] = {
-    "depthwise_conv_gelu": _depthwise_conv_gelu,
-    "depthwise_conv_norm": _depthwise_conv_norm,
     "gated_projection_add": _gated_projection_add,
     "gated_resample_add": _gated_resample_add,
     "linear_scale_residual": _linear_scale_residual,
@@ -270,7 +268,10 @@ _ON_CPU: dict[str, _Maker] = {
     "linear_gelu": _linear_gelu_onednn,
     "linear_scale_residual": _linear_scale_residual_onednn,
 }
+# On a CPU PyTorch's channels-first convolution takes up to thirty times oneDNN's time, seconds a call.
 _ON_CUDA: dict[str, _Maker] = {
+    "depthwise_conv_gelu": _depthwise_conv_gelu,
+    "depthwise_conv_norm": _depthwise_conv_norm,
     "linear_gelu": _linear_gelu_cublaslt,
     "linear_scale_residual": _linear_scale_residual_folded,
 }
