@@ -1,5 +1,6 @@
 """The command line of the benchmarks: `python -m bench --help`, from the repository root."""
 
+import signal
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
@@ -186,4 +187,6 @@ def _fail(name: str, error: Exception) -> NoReturn:
 
 
 if __name__ == "__main__":
+    # So that whoever is told to stop ends its worker, too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app()

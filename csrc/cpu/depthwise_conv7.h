@@ -49,6 +49,13 @@ inline void for_each_pixel(const Tile& tile, Visit visit) {
   }
 }
 
+// Tasks for work that sums nothing over tiles: whole rows of tiles, as neighbors share inputs in a thread's cache, or
+// fewer tiles where that would leave threads idle.
+template <class T>
+inline int64_t row_tasks(const Map<T>& map, int threads) {
+  return smaller(map.tiles(), larger(map.batch * map.tiles_y(), 4 * threads));
+}
+
 // Runs visit(task, tile) for every tile. The tiles are dealt to tasks whatever the number of threads, and a task visits
 // its own in order, so that a sum kept for each task repeats bit for bit.
 template <class T, class Visit>

@@ -37,7 +37,7 @@ void forward(const DepthwiseConvNormForward& a) {
   pack_vector(static_cast<const T*>(a.norm_bias), shift, channels);
   T* y = static_cast<T*>(a.y);
   const bool streams = worth_streaming(y, a.batch * a.height * a.width, channels);
-  for_each_tile(x, x.tiles(), a.threads, [&](int64_t, const Tile& tile) {
+  for_each_tile(x, row_tasks(x, a.threads), a.threads, [&](int64_t, const Tile& tile) {
     const float* conv = convolve_tile(convolution, x, tile);
     for (int64_t row = 0; row < tile.rows; ++row) {
       const float* values = conv + row * kTile * padded;

@@ -38,7 +38,7 @@ template <class T>
 void input_gradient(const Map<const T>& grad, const void* weight, const float* constant, int threads, T* grad_x) {
   const Convolution<T> convolution(weight, nullptr, grad.channels, true, threads);
   const Map<T> out{grad_x, grad.batch, grad.height, grad.width, grad.channels};
-  for_each_tile(grad, grad.tiles(), threads, [&](int64_t, const Tile& tile) {
+  for_each_tile(grad, row_tasks(grad, threads), threads, [&](int64_t, const Tile& tile) {
     convolution.run_tile(grad, tile, [&](int64_t c, int row, int column, Floats v) {
       if (row >= tile.rows || column >= tile.columns) return;
       if (constant != nullptr) v += load(constant + tile.b * grad.padded() + c);
