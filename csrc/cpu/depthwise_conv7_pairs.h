@@ -53,11 +53,18 @@ struct Conv7<BFloat16> {
   }
 
   static void pack_channel(const BFloat16* column, bool flip, float* lane) {
+    // One more, zero, for the halves of pairs that lie above or below the filter.
+    uint16_t taps[kAllTaps + 1] = {};
+    for (int t = 0; t < kAllTaps; ++t) taps[t] = column[flip ? kAllTaps - 1 - t : t].bits;
+    const auto at = [](int row, int k) { return row < 0 || row >= kTaps ? kAllTaps : row * kTaps + k; };
+#pragma GCC unroll 4
     for (int pair = 0; pair < kRowPairs; ++pair) {
+#pragma GCC unroll 2
       for (int parity = 0; parity < 2; ++parity) {
+#pragma GCC unroll 7
         for (int k = 0; k < kTaps; ++k) {
           const int row = 2 * pair - parity;
-          const uint32_t bits = tap(column, row, k, flip) | tap(column, row + 1, k, flip) << 16;
+          const uint32_t bits = taps[at(row, k)] | static_cast<uint32_t>(taps[at(row + 1, k)]) << 16;
           std::memcpy(lane + ((pair * 2 + parity) * kTaps + k) * kLanes, &bits, sizeof bits);
         }
       }
@@ -103,13 +110,6 @@ struct Conv7<BFloat16> {
     }
     constexpr int kNanOrInfinity = 0x01 | 0x08 | 0x10 | 0x80;
     return _mm512_fpclass_ps_mask(all, kNanOrInfinity) == 0;
-  }
-
- private:
-  static uint32_t tap(const BFloat16* column, int row, int k, bool flip) {
-    if (row < 0 || row >= kTaps) return 0;
-    const int index = row * kTaps + k;
-    return column[flip ? kAllTaps - 1 - index : index].bits;
   }
 };
 
