@@ -1,138 +1,65 @@
-// Depthwise 7x7 convolution over a channels-last map, by tiles of 8x8 outputs and one vector of channels at a time.
+// Depthwise 7x7 convolution over a channels-last map, by tiles of 8x8 outputs and a group of channels at a time.
 //
-// The 14x14 inputs of a tile are first copied to a patch in the first-level cache: that widens them once, puts zeros
-// outside the map, and undoes the stride of C elements, which would crowd them into a few cache sets. From there a row
-// of taps costs 14 + 7 loads for 56 multiply-adds into 8 accumulators that stay in registers over all seven rows: the
-// multiply-adds are issued without a gap. Processors that multiply pairs of bfloat16 have an arithmetic of their own,
-// in depthwise_conv7_pairs.h.
+// A row of outputs takes 14 inputs and 7 taps from each of seven rows: 21 loads for 56 multiply-adds into 8
+// accumulators that stay in registers over all seven rows, so that the multiply-adds are issued without a gap. Inputs
+// are read where they lie, and rows and columns outside the map are left out. They are copied to a patch first only
+// where they must be widened, where a tile or a vector of channels sticks out of the map, and where the stride of C
+// elements would crowd them into two sets of the first-level cache. Processors that multiply pairs of bfloat16 have an
+// arithmetic of their own, in depthwise_conv7_pairs.h.
 #pragma once
 
-#include "cpu/vector.h"
+#include "cpu/tiles.h"
 
 namespace mra::cpu::MRA_ISA {
 
-constexpr int kTaps = 7;
-constexpr int kAllTaps = kTaps * kTaps;
-constexpr int kPad = 3;
-constexpr int kTile = 8;
-constexpr int kPatch = kTile + 2 * kPad;
-
-// A map [B, H, W, C], cut into tiles of 8x8 pixels.
+// The inputs of a tile where they lie in the map, for a group of channels.
 template <class T>
-struct Map {
-  T* data;
-  int64_t batch, height, width, channels;
+struct InMap {
+  const Window<T>& window;
 
-  T* pixel(int64_t b, int64_t y, int64_t x) const { return data + ((b * height + y) * width + x) * channels; }
-  int64_t padded() const { return round_up(channels, kLanes); }
-  int64_t tiles_y() const { return (height + kTile - 1) / kTile; }
-  int64_t tiles_x() const { return (width + kTile - 1) / kTile; }
-  int64_t tiles() const { return batch * tiles_y() * tiles_x(); }
+  void prepare(int64_t) {}
+  bool has_row(int64_t i) const { return window.has_row(i); }
+  const T* at(int64_t i, int64_t j) const { return window.pixel(i, j); }
+  int64_t step() const { return window.channels; }
 };
 
-// Where a tile lies, and how much of it lies inside the map.
-struct Tile {
-  int64_t b, y, x, rows, columns;
+// The same, copied as Conv reads them, a few rows at a time: just before they are needed, because the processor has
+// multiply-adds to do while it waits for them.
+template <class Conv, class T>
+struct Patch {
+  const Window<T>& window;
+  int64_t ready = 0;  // rows
+  alignas(64) typename Conv::Value values[Conv::kPatchValues];
+
+  explicit Patch(const Window<T>& w) : window(w) {}  // that leaves values as they are
+
+  void prepare(int64_t end) {
+    for (; ready < end; ready += Conv::kRows) Conv::copy_rows(window, ready, values);
+  }
+  bool has_row(int64_t i) const { return window.has_row(i); }
+  const typename Conv::Value* at(int64_t i, int64_t j) const { return values + (i * kPatch + j) * kLanes; }
+  int64_t step() const { return kLanes; }
 };
 
-template <class T>
-inline Tile tile_at(const Map<T>& map, int64_t index) {
-  const int64_t y = index / map.tiles_x() % map.tiles_y() * kTile, x = index % map.tiles_x() * kTile;
-  return {index / (map.tiles_x() * map.tiles_y()), y, x, smaller(kTile, map.height - y), smaller(kTile, map.width - x)};
-}
-
-// Calls visit(row, column) for each pixel of the tile that lies inside the map.
-template <class Visit>
-inline void for_each_pixel(const Tile& tile, Visit visit) {
-  for (int64_t row = 0; row < tile.rows; ++row) {
-    for (int64_t column = 0; column < tile.columns; ++column) visit(row, column);
-  }
-}
-
-// Tasks for work that sums nothing over tiles: whole rows of tiles, as neighbors share inputs in a thread's cache, or
-// fewer tiles where that would leave threads idle.
-template <class T>
-inline int64_t row_tasks(const Map<T>& map, int threads) {
-  return smaller(map.tiles(), larger(map.batch * map.tiles_y(), 4 * threads));
-}
-
-// Runs visit(task, tile) for every tile. The tiles are dealt to tasks whatever the number of threads, and a task visits
-// its own in order, so that a sum kept for each task repeats bit for bit.
-template <class T, class Visit>
-inline void for_each_tile(const Map<T>& map, int64_t tasks, int threads, Visit visit) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t task = 0; task < tasks; ++task) {
-    const int64_t end = map.tiles() * (task + 1) / tasks;
-    for (int64_t i = map.tiles() * task / tasks; i < end; ++i) visit(task, tile_at(map, i));
-  }
-}
-
-// Where the kSize x kSize inputs of a tile lie, from channel c on; outside the map they are zero.
-template <class T>
-struct Window {
-  const T* origin;  // of the picture, at channel c
-  int64_t height, width, channels, top, left;
-  int64_t lanes;  // channels from c on
-
-  Window(const Map<const T>& map, const Tile& tile, int64_t pad, int64_t c)
-      : origin(map.pixel(tile.b, 0, 0) + c),
-        height(map.height),
-        width(map.width),
-        channels(map.channels),
-        top(tile.y - pad),
-        left(tile.x - pad),
-        lanes(map.channels - c) {}
-
-  bool has_row(int64_t i) const { return top + i >= 0 && top + i < height; }
-  const T* pixel(int64_t i, int64_t j) const { return origin + ((top + i) * width + left + j) * channels; }
-
-  // Calls use(j, inside) for each of kSize columns; the bounds of the common case are constant.
-  template <int kSize, class Use>
-  void for_each_column(Use use) const {
-    if (left >= 0 && left + kSize <= width) {
-#pragma GCC unroll 14
-      for (int64_t j = 0; j < kSize; ++j) use(j, true);
-    } else {
-      const int64_t first = larger(0, -left), last = smaller(kSize, width - left);
-      for (int64_t j = 0; j < first; ++j) use(j, false);
-      for (int64_t j = first; j < last; ++j) use(j, true);
-      for (int64_t j = larger(first, last); j < kSize; ++j) use(j, false);
-    }
-  }
+// The columns that exist; the others are zero.
+template <int kBegin, int kEnd>
+struct Columns {
+  static constexpr int kFirst = kBegin, kLast = kEnd;
 };
 
-// Row i of a window, one vector of channels, widened: [kSize, kLanes].
-template <int kSize, class T>
-inline void load_row(const Window<T>& window, int64_t i, Floats* out) {
-  if (!window.has_row(i)) {
-    std::memset(out, 0, kSize * sizeof(Floats));
-    return;
-  }
-  const T* row = window.pixel(i, 0);
-  if (window.lanes >= kLanes) {
-    window.template for_each_column<kSize>(
-        [&](int64_t j, bool inside) { out[j] = inside ? load(row + j * window.channels) : Floats{}; });
-  } else {
-    window.template for_each_column<kSize>([&](int64_t j, bool inside) {
-      out[j] = inside ? load_first(row + j * window.channels, window.lanes) : Floats{};
-    });
-  }
-}
-
-// What convolving a tile in floats needs, for maps of T: how taps are packed, how inputs are held, the multiply-adds.
+// What convolving in floats needs, for maps of T: how taps are packed, how inputs are held, the multiply-adds.
 template <class T>
 struct FloatConv7 {
-  static constexpr int kTapVectors = kAllTaps;  // of a vector of channels
-  static constexpr int kVectors = 1;            // of channels that a patch holds
+  using Value = float;                                          // that the multiply-adds read
+  static constexpr bool kInPlace = sizeof(T) == sizeof(Value);  // where the map has it
+  static constexpr int kTapVectors = kAllTaps;                  // of a vector of channels
+  static constexpr int kVectors = 1;                            // of channels, and
+  static constexpr int kRows = 1;                               // of outputs, that are convolved together
+  static constexpr int kPatchValues = kPatch * kPatch * kLanes;
 
-  struct Patch {
-    alignas(64) Floats values[kPatch * kPatch];
-  };
-
-  static constexpr int kLoads = kPatch;  // calls of load_part that fill a patch
-
-  static void load_part(const Window<T>& window, int part, Patch& patch) {
-    load_row<kPatch>(window, part, patch.values + part * kPatch);
+  // patch: [kPatch, kPatch, kLanes].
+  static void copy_rows(const Window<T>& window, int64_t i, float* patch) {
+    if (window.has_row(i)) load_row<kPatch>(window, i, patch + i * kPatch * kLanes);
   }
 
   // column: the 49 taps of a channel; lane: where the first belongs, the next one kLanes further.
@@ -140,31 +67,30 @@ struct FloatConv7 {
     for (int t = 0; t < kAllTaps; ++t) lane[t * kLanes] = load_one(column + (flip ? kAllTaps - 1 - t : t));
   }
 
-  // Calls emit(row, column, sums) for each output of the 8x8 tile: start + the convolution of the patch's vector
-  // `index`. taps: [49, kLanes]. Returns whether the outputs can be trusted.
-  template <class Emit>
-  static bool run(const Patch& patch, int, const float* taps, Floats start, Emit emit) {
-    for (int row = 0; row < kTile; ++row) {
-      Floats acc[kTile];
+  // Calls emit(row, column, sums) for the 8 outputs of a row: start + the convolution of the group's vector `index`.
+  // taps: [49, kLanes]. Returns whether the outputs can be trusted.
+  template <class In, class Columns, class Emit>
+  static bool run(const In& inputs, Columns, int, int row, const float* taps, Floats start, Emit emit) {
+    Floats acc[kTile];
 #pragma GCC unroll 8
-      for (int o = 0; o < kTile; ++o) acc[o] = start;
-      for (int i = 0; i < kTaps; ++i) {
-        Floats tap[kTaps];
+    for (int o = 0; o < kTile; ++o) acc[o] = start;
+    for (int i = 0; i < kTaps; ++i) {
+      if (!inputs.has_row(row + i)) continue;
+      Floats tap[kTaps];
 #pragma GCC unroll 7
-        for (int k = 0; k < kTaps; ++k) tap[k] = load(taps + (i * kTaps + k) * kLanes);
-        const Floats* input = patch.values + (row + i) * kPatch;
+      for (int k = 0; k < kTaps; ++k) tap[k] = load(taps + (i * kTaps + k) * kLanes);
+      const float* input = inputs.at(row + i, Columns::kFirst);
 #pragma GCC unroll 14
-        for (int j = 0; j < kPatch; ++j) {
-          const Floats v = input[j];
+      for (int j = Columns::kFirst; j < Columns::kLast; ++j) {
+        const Floats v = load(input + (j - Columns::kFirst) * inputs.step());
 #pragma GCC unroll 7
-          for (int k = 0; k < kTaps; ++k) {
-            if (j - k >= 0 && j - k < kTile) acc[j - k] += v * tap[k];
-          }
+        for (int k = 0; k < kTaps; ++k) {
+          if (j - k >= 0 && j - k < kTile) acc[j - k] += v * tap[k];
         }
       }
-#pragma GCC unroll 8
-      for (int o = 0; o < kTile; ++o) emit(row, o, acc[o]);
     }
+#pragma GCC unroll 8
+    for (int o = 0; o < kTile; ++o) emit(row, o, acc[o]);
     return true;
   }
 };
@@ -179,6 +105,25 @@ struct Conv7 : FloatConv7<T> {};
 #endif
 
 namespace mra::cpu::MRA_ISA {
+
+// Calls use(inputs, columns) with the inputs of a window as Conv reads them.
+template <class Conv, class T, class Use>
+inline void with_inputs(const Window<T>& window, Use use) {
+  if constexpr (Conv::kInPlace) {
+    constexpr int64_t kCrowdingBytes = 2048;
+    const bool crowded = window.channels * sizeof(T) % kCrowdingBytes == 0;
+    if (window.lanes >= Conv::kVectors * kLanes && !crowded) {
+      InMap<T> inputs{window};
+      const int64_t left = window.left, right = window.width - window.left;
+      if (left >= 0 && right >= kPatch) return use(inputs, Columns<0, kPatch>{});
+      if (left == -kPad && right >= kPatch) return use(inputs, Columns<kPad, kPatch>{});
+      if (left >= 0 && right == kPatch - kPad) return use(inputs, Columns<0, kPatch - kPad>{});
+      if (left == -kPad && right == kPatch - kPad) return use(inputs, Columns<kPad, kPatch - kPad>{});
+    }
+  }
+  Patch<Conv, T> patch(window);
+  use(patch, Columns<0, kPatch>{});
+}
 
 // The taps of the vector of channels from c on: weight: [C, 49] -> packed: [kTapVectors, kLanes], zero in the padding;
 // `flip` turns the taps around, for the input's gradient.
@@ -211,50 +156,68 @@ class Convolution {
   // Channels that are convolved together.
   static constexpr int64_t kGroup = Conv7<T>::kVectors * kLanes;
 
+  // Rows of outputs that `run` emits.
+  static int64_t rows(const Tile& tile) { return round_up(tile.rows, Conv7<T>::kRows); }
+
   // Convolves a tile's group of channels from `first` on, calling emit(c, row, column, sums) for each vector of
-  // channels and each output of the 8x8 tile, those outside the map included. Meanwhile it fetches what the tile to the
-  // right reads beyond this one into the second-level cache.
-  template <class Emit>
-  void run(const Map<const T>& map, const Tile& tile, int64_t first, Emit emit) const {
+  // channels and each output of the tile, and some right of or below the map. Before the outputs of a row, for all
+  // vectors of the group, comes before(row). Meanwhile it fetches what the tile to the right reads beyond this one into
+  // the second-level cache.
+  template <class Before, class Emit>
+  void run(const Map<const T>& map, const Tile& tile, int64_t first, Before before, Emit emit) const {
+    using Conv = Conv7<T>;
     const Window<T> window(map, tile, kPad, first);
-    typename Conv7<T>::Patch patch;
-    for (int part = 0; part < Conv7<T>::kLoads; ++part) Conv7<T>::load_part(window, part, patch);
-    const int64_t right = smaller(window.left + kPatch, map.width - kTile);
-    const T* fetched = larger(window.top, 0) + kPatch <= map.height && right >= 0
-                           ? map.pixel(tile.b, larger(window.top, 0), right) + first
-                           : nullptr;
-    for (int i = 0; i < Conv7<T>::kVectors; ++i) {
-      const int64_t c = first + i * kLanes;
-      if (c >= map.channels) break;
-      const float* taps = taps_ + Conv7<T>::kTapVectors * c;
-      const bool trusted = Conv7<T>::run(patch, i, taps, load(bias_ + c), [&](int row, int column, Floats v) {
-        emit(c, row, column, v);
-        if (i > 0 || fetched == nullptr) return;
-        __builtin_prefetch(fetched + (row * map.width + column) * map.channels, 0, 2);
-        if (row + kTile >= kPatch) return;
-        __builtin_prefetch(fetched + ((row + kTile) * map.width + column) * map.channels, 0, 2);
-      });
-      if (!trusted) run_in_floats(map, tile, c, emit);
+    bool trusted[Conv::kVectors];
+    for (bool& each : trusted) each = true;
+    with_inputs<Conv>(window, [&](auto& inputs, auto columns) {
+      for (int row = 0; row < tile.rows; row += Conv::kRows) {
+        inputs.prepare(row + Conv::kRows + 2 * kPad);
+        for (int i = row; i < row + Conv::kRows; ++i) {
+          fetch_right(window, i);
+          if (i + kTile < kPatch) fetch_right(window, i + kTile);
+          before(i);
+        }
+        for (int v = 0; v < Conv::kVectors; ++v) {
+          const int64_t c = first + v * kLanes;
+          if (c >= map.channels) break;
+          trusted[v] &= Conv::run(inputs, columns, v, row, taps_ + Conv::kTapVectors * c, load(bias_ + c),
+                                  [&](int r, int column, Floats sums) { emit(c, r, column, sums); });
+        }
+      }
+    });
+    for (int v = 0; v < Conv::kVectors; ++v) {
+      if (!trusted[v]) run_in_floats(map, tile, first + v * kLanes, emit);
     }
   }
 
   // All channels of a tile.
   template <class Emit>
   void run_tile(const Map<const T>& map, const Tile& tile, Emit emit) const {
-    for (int64_t first = 0; first < map.channels; first += kGroup) run(map, tile, first, emit);
+    for (int64_t first = 0; first < map.channels; first += kGroup) run(map, tile, first, [](int) {}, emit);
   }
 
  private:
+  // Row i of what the window one tile to the right adds to this one. Inlined, because GCC takes a call that only
+  // prefetches for one without effect, and drops it.
+  __attribute__((always_inline)) static void fetch_right(const Window<T>& window, int64_t i) {
+    if (!window.has_row(i) || window.left + kPatch + kTile > window.width) return;
+    const T* row = window.pixel(i, kPatch);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kTile; ++j) __builtin_prefetch(row + j * window.channels, 0, 2);
+  }
+
   // One vector of channels, whatever arithmetic the maps have.
   template <class Emit>
   __attribute__((noinline)) void run_in_floats(const Map<const T>& map, const Tile& tile, int64_t c, Emit emit) const {
     alignas(64) float taps[FloatConv7<T>::kTapVectors * kLanes];
     pack_taps<FloatConv7<T>>(weight_, channels_, c, flip_, taps);
-    typename FloatConv7<T>::Patch patch;
-    const Window<T> window(map, tile, kPad, c);
-    for (int part = 0; part < FloatConv7<T>::kLoads; ++part) FloatConv7<T>::load_part(window, part, patch);
-    FloatConv7<T>::run(patch, 0, taps, load(bias_ + c),
-                       [&](int row, int column, Floats v) { emit(c, row, column, v); });
+    with_inputs<FloatConv7<T>>(Window<T>(map, tile, kPad, c), [&](auto& inputs, auto columns) {
+      for (int row = 0; row < tile.rows; ++row) {
+        inputs.prepare(row + 1 + 2 * kPad);
+        FloatConv7<T>::run(inputs, columns, 0, row, taps, load(bias_ + c),
+                           [&](int r, int column, Floats sums) { emit(c, r, column, sums); });
+      }
+    });
   }
 
   const T* weight_;

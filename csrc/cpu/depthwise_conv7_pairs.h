@@ -26,29 +26,28 @@ inline void interleave(__m512i a, __m512i b, __m512i* first, __m512i* second) {
 
 template <>
 struct Conv7<BFloat16> {
+  using Value = __m512i;
+  static constexpr bool kInPlace = false;
   static constexpr int kRowPairs = 4;                        // that an output row reads
   static constexpr int kTapVectors = 2 * kRowPairs * kTaps;  // [4, 2, 7]: row pair, parity of the output row, column
   static constexpr int kVectors = 2;                         // a cache line of a pixel
+  static constexpr int kRows = 2;
   static constexpr int kPairs = kPatch / 2 * kPatch;
+  static constexpr int kPatchValues = kVectors * kPairs;
 
-  struct Patch {
-    alignas(64) __m512i values[kVectors][kPairs];  // [2, 7, 14]
-  };
-
-  static constexpr int kLoads = kPatch / 2;  // calls of load_part that fill a patch
-
-  static void load_part(const Window<BFloat16>& window, int part, Patch& patch) {
-    const BFloat16* upper = window.has_row(2 * part) ? window.pixel(2 * part, 0) : nullptr;
-    const BFloat16* lower = window.has_row(2 * part + 1) ? window.pixel(2 * part + 1, 0) : nullptr;
+  // patch: [2, 7, 14].
+  static void copy_rows(const Window<BFloat16>& window, int64_t i, __m512i* patch) {
+    const BFloat16* upper = window.has_row(i) ? window.pixel(i, 0) : nullptr;
+    const BFloat16* lower = window.has_row(i + 1) ? window.pixel(i + 1, 0) : nullptr;
     const auto mask = static_cast<__mmask32>((uint64_t{1} << smaller(2 * kLanes, window.lanes)) - 1);
     // Outside the map nothing is loaded, not even under an empty mask: that is slow where no page is mapped.
     const auto load_pixel = [&](const BFloat16* row, int64_t j, bool inside) {
       if (row == nullptr || !inside) return _mm512_setzero_si512();
       return _mm512_maskz_loadu_epi16(mask, row + j * window.channels);
     };
+    __m512i* out = patch + i / 2 * kPatch;
     window.for_each_column<kPatch>([&](int64_t j, bool inside) {
-      interleave(load_pixel(upper, j, inside), load_pixel(lower, j, inside), &patch.values[0][part * kPatch + j],
-                 &patch.values[1][part * kPatch + j]);
+      interleave(load_pixel(upper, j, inside), load_pixel(lower, j, inside), out + j, out + kPairs + j);
     });
   }
 
@@ -71,42 +70,41 @@ struct Conv7<BFloat16> {
     }
   }
 
-  template <class Emit>
-  static bool run(const Patch& patch, int index, const float* taps, Floats start, Emit emit) {
-    __m512 all = _mm512_setzero_ps();
-    for (int row = 0; row < kTile; row += 2) {
-      __m512 even[kTile], odd[kTile];
+  // Rows `row`, which is even, and row + 1.
+  template <class In, class Columns, class Emit>
+  static bool run(const In& inputs, Columns, int index, int row, const float* taps, Floats start, Emit emit) {
+    __m512 even[kTile], odd[kTile];
 #pragma GCC unroll 8
-      for (int o = 0; o < kTile; ++o) even[o] = odd[o] = (__m512)start;
-      for (int i = 0; i < kRowPairs; ++i) {
-        __m512bh even_tap[kTaps], odd_tap[kTaps];
+    for (int o = 0; o < kTile; ++o) even[o] = odd[o] = (__m512)start;
+    for (int i = 0; i < kRowPairs; ++i) {
+      __m512bh even_tap[kTaps], odd_tap[kTaps];
+#pragma GCC unroll 7
+      for (int k = 0; k < kTaps; ++k) {
+        even_tap[k] = (__m512bh)_mm512_loadu_ps(taps + (2 * i * kTaps + k) * kLanes);
+        odd_tap[k] = (__m512bh)_mm512_loadu_ps(taps + ((2 * i + 1) * kTaps + k) * kLanes);
+      }
+      const __m512i* input = inputs.values + index * kPairs + (row / 2 + i) * kPatch;
+#pragma GCC unroll 14
+      for (int j = 0; j < kPatch; ++j) {
+        const __m512bh v = (__m512bh)input[j];
 #pragma GCC unroll 7
         for (int k = 0; k < kTaps; ++k) {
-          even_tap[k] = (__m512bh)_mm512_loadu_ps(taps + (2 * i * kTaps + k) * kLanes);
-          odd_tap[k] = (__m512bh)_mm512_loadu_ps(taps + ((2 * i + 1) * kTaps + k) * kLanes);
-        }
-        const __m512i* input = patch.values[index] + (row / 2 + i) * kPatch;
-#pragma GCC unroll 14
-        for (int j = 0; j < kPatch; ++j) {
-          const __m512bh v = (__m512bh)input[j];
-#pragma GCC unroll 7
-          for (int k = 0; k < kTaps; ++k) {
-            if (j - k < 0 || j - k >= kTile) continue;
-            even[j - k] = _mm512_dpbf16_ps(even[j - k], v, even_tap[k]);
-            odd[j - k] = _mm512_dpbf16_ps(odd[j - k], v, odd_tap[k]);
-          }
+          if (j - k < 0 || j - k >= kTile) continue;
+          even[j - k] = _mm512_dpbf16_ps(even[j - k], v, even_tap[k]);
+          odd[j - k] = _mm512_dpbf16_ps(odd[j - k], v, odd_tap[k]);
         }
       }
+    }
+    __m512 all = _mm512_setzero_ps();
 #pragma GCC unroll 8
-      for (int o = 0; o < kTile; ++o) {
-        emit(row, o, (Floats)even[o]);
-        all = _mm512_add_ps(all, even[o]);
-      }
+    for (int o = 0; o < kTile; ++o) {
+      emit(row, o, (Floats)even[o]);
+      all = _mm512_add_ps(all, even[o]);
+    }
 #pragma GCC unroll 8
-      for (int o = 0; o < kTile; ++o) {
-        emit(row + 1, o, (Floats)odd[o]);
-        all = _mm512_add_ps(all, odd[o]);
-      }
+    for (int o = 0; o < kTile; ++o) {
+      emit(row + 1, o, (Floats)odd[o]);
+      all = _mm512_add_ps(all, odd[o]);
     }
     constexpr int kNanOrInfinity = 0x01 | 0x08 | 0x10 | 0x80;
     return _mm512_fpclass_ps_mask(all, kNanOrInfinity) == 0;

@@ -29,9 +29,9 @@ inline void for_each_channel(const Map<const T>& x, const Convolution<T>& convol
     for (int64_t i = 0; i < tiles; ++i) {
       const Tile tile = tile_at(x, b * tiles + i);
       alignas(64) Floats conv[kVectors][kTile * kTile];
-      convolution.run(x, tile, first, [&](int64_t c, int row, int column, Floats v) {
-        conv[(c - first) / kLanes][row * kTile + column] = v;
-      });
+      convolution.run(
+          x, tile, first, [](int) {},
+          [&](int64_t c, int row, int column, Floats v) { conv[(c - first) / kLanes][row * kTile + column] = v; });
       for (int64_t v = 0; v < count; ++v) visit(states[v], first + v * kLanes, tile, conv[v]);
     }
     for (int64_t v = 0; v < count; ++v) end(states[v], b, first + v * kLanes);

@@ -9,17 +9,17 @@ namespace mra::cpu::MRA_ISA {
 constexpr int64_t kGradientTasks = 64;
 
 // sums[49, kLanes] += grad [8, 8, kLanes] correlated with patch [14, 14, kLanes].
-inline void correlate_patch(const Floats* patch, const Floats* grad, float* sums) {
+inline void correlate_patch(const float* patch, const float* grad, float* sums) {
   for (int i = 0; i < kTaps; ++i) {
     Floats acc[kTaps] = {};
     for (int row = 0; row < kTile; ++row) {
       Floats g[kTile];
 #pragma GCC unroll 8
-      for (int o = 0; o < kTile; ++o) g[o] = grad[row * kTile + o];
-      const Floats* input = patch + (row + i) * kPatch;
+      for (int o = 0; o < kTile; ++o) g[o] = load(grad + (row * kTile + o) * kLanes);
+      const float* input = patch + (row + i) * kPatch * kLanes;
 #pragma GCC unroll 14
       for (int j = 0; j < kPatch; ++j) {
-        const Floats v = input[j];
+        const Floats v = load(input + j * kLanes);
 #pragma GCC unroll 7
         for (int k = 0; k < kTaps; ++k) {
           if (j - k >= 0 && j - k < kTile) acc[k] += v * g[j - k];
@@ -58,14 +58,14 @@ void weight_gradient(const Map<const T>& x, const Map<const T>& grad, int thread
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t task = 0; task < groups * bands; ++task) {
     const int64_t c = task / bands * kLanes, band = task % bands;
-    alignas(64) Floats patch[kPatch * kPatch], tile_grad[kTile * kTile];
+    alignas(64) float patch[kPatch * kPatch * kLanes], tile_grad[kTile * kTile * kLanes];
     float* sums = partial.get() + task * kSize;
     std::memset(sums, 0, kSize * sizeof(float));
     for (int64_t i = rows * band / bands * x.tiles_x(); i < rows * (band + 1) / bands * x.tiles_x(); ++i) {
       const Tile tile = tile_at(x, i);
       const Window<T> inputs(x, tile, kPad, c), outputs(grad, tile, 0, c);
-      for (int64_t row = 0; row < kPatch; ++row) load_row<kPatch>(inputs, row, patch + row * kPatch);
-      for (int64_t row = 0; row < kTile; ++row) load_row<kTile>(outputs, row, tile_grad + row * kTile);
+      for (int64_t row = 0; row < kPatch; ++row) load_row<kPatch>(inputs, row, patch + row * kPatch * kLanes);
+      for (int64_t row = 0; row < kTile; ++row) load_row<kTile>(outputs, row, tile_grad + row * kTile * kLanes);
       correlate_patch(patch, tile_grad, sums);
     }
   }

@@ -9,21 +9,23 @@ struct Statistics {
   float mean, rstd;
 };
 
-// values: kPixels rows of [C], `stride` apart. Several pixels at once, because the sums of one wait for each other.
+// Vectors of a pixel are `step` apart, which is kLanes in a map, and pixels are `stride` apart, which is C there.
+
+// The statistics of kPixels pixels. Several at once, because the sums of one wait for each other.
 template <int kPixels, class T>
-inline void statistics(const T* values, int64_t stride, int64_t channels, float eps, Statistics* result) {
+inline void statistics(const T* values, int64_t stride, int64_t step, int64_t channels, float eps, Statistics* result) {
   Floats totals[kPixels] = {}, squares[kPixels] = {};
   float means[kPixels];
   for_each_vector(channels, [&](int64_t c, int64_t lanes) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kPixels; ++i) totals[i] += load_first(values + i * stride + c, lanes);
+    for (int i = 0; i < kPixels; ++i) totals[i] += load_first(values + i * stride + c / kLanes * step, lanes);
   });
 #pragma GCC unroll 8
   for (int i = 0; i < kPixels; ++i) means[i] = sum(totals[i]) / channels;
   for_each_vector(channels, [&](int64_t c, int64_t lanes) {
 #pragma GCC unroll 8
     for (int i = 0; i < kPixels; ++i) {
-      Floats d = load_first(values + i * stride + c, lanes) - means[i];
+      Floats d = load_first(values + i * stride + c / kLanes * step, lanes) - means[i];
       for (int64_t lane = lanes; lane < kLanes; ++lane) d[lane] = 0;
       squares[i] += d * d;
     }
@@ -34,27 +36,27 @@ inline void statistics(const T* values, int64_t stride, int64_t channels, float 
   }
 }
 
-// values: `count` rows of [C], `stride` apart -> their statistics.
+// `count` pixels' statistics.
 template <class T>
-inline void row_statistics(const T* values, int64_t count, int64_t stride, int64_t channels, float eps,
+inline void row_statistics(const T* values, int64_t count, int64_t stride, int64_t step, int64_t channels, float eps,
                            Statistics* result) {
   constexpr int64_t kTogether = 4;
   const int64_t whole = count / kTogether * kTogether;
-  for (int64_t i = 0; i < whole; i += kTogether) {
-    statistics<kTogether>(values + i * stride, stride, channels, eps, result + i);
-  }
-  for (int64_t i = whole; i < count; ++i) {
-    statistics<1>(values + i * stride, stride, channels, eps, result + i);
-  }
+  for (int64_t i = 0; i < whole; i += kTogether)
+    statistics<kTogether>(values + i * stride, stride, step, channels, eps, result + i);
+  for (int64_t i = whole; i < count; ++i) statistics<1>(values + i * stride, stride, step, channels, eps, result + i);
+}
+
+inline Floats normalize(Floats values, const Statistics& s, Floats scale, Floats shift) {
+  return (values - s.mean) * s.rstd * scale + shift;
 }
 
 // values: [C]; scale and shift: [padded] -> y: [C], by streams where they are worth it.
 template <class T, class Out>
-inline void normalize(const T* values, const Statistics& s, const float* scale, const float* shift, int64_t channels,
-                      bool streams, Out* y) {
+inline void normalize(const T* values, int64_t step, const Statistics& s, const float* scale, const float* shift,
+                      int64_t channels, bool streams, Out* y) {
   const auto result = [&](int64_t c, int64_t lanes) {
-    const Floats normal = (load_first(values + c, lanes) - s.mean) * s.rstd;
-    return normal * load(scale + c) + load(shift + c);
+    return normalize(load_first(values + c / kLanes * step, lanes), s, load(scale + c), load(shift + c));
   };
   if (streams) {
     for (int64_t c = 0; c < channels; c += kLanes) stream(y + c, result(c, kLanes));
@@ -72,14 +74,14 @@ struct NormSums {
   static NormSums at(float* p, int64_t padded) { return {p, p + padded, p + 2 * padded}; }
 };
 
-// The gradient of `values`: [C] from grad_y: [C]. Both may be read and `grad` written in one memory.
+// The gradient of a pixel's values from grad_y: [C]. Both may be read and `grad` written in one memory.
 template <class T, class Value>
-inline void normalize_backward(const T* grad_y, const Value* values, const Statistics& s, const float* scale,
-                               int64_t channels, const NormSums& sums, T* grad) {
+inline void normalize_backward(const T* grad_y, const Value* values, int64_t step, const Statistics& s,
+                               const float* scale, int64_t channels, const NormSums& sums, T* grad) {
   Floats total = {}, projected = {};
   for_each_vector(channels, [&](int64_t c, int64_t lanes) {
     const Floats g = load_first(grad_y + c, lanes), scaled = g * load(scale + c);
-    const Floats normal = (load_first(values + c, lanes) - s.mean) * s.rstd;
+    const Floats normal = (load_first(values + c / kLanes * step, lanes) - s.mean) * s.rstd;
     store(sums.weight + c, load(sums.weight + c) + g * normal);
     store(sums.bias + c, load(sums.bias + c) + g);
     total += scaled;
@@ -88,7 +90,7 @@ inline void normalize_backward(const T* grad_y, const Value* values, const Stati
   const float average = sum(total) / channels, slope = sum(projected) / channels;
   for_each_vector(channels, [&](int64_t c, int64_t lanes) {
     const Floats g = load_first(grad_y + c, lanes) * load(scale + c);
-    const Floats normal = (load_first(values + c, lanes) - s.mean) * s.rstd;
+    const Floats normal = (load_first(values + c / kLanes * step, lanes) - s.mean) * s.rstd;
     const Floats d = (g - average - normal * slope) * s.rstd;
     if (sums.input != nullptr) store(sums.input + c, load(sums.input + c) + d);
     store_first(grad + c, d, lanes);

@@ -41,12 +41,13 @@ void forward(const NormPatchifyForward& a) {
       const int64_t count = smaller(kTogether, a.width - first), pixel = row * a.width + first;
       const T* values = static_cast<const T*>(a.x) + pixel * a.channels;
       Statistics s[kTogether];
-      row_statistics(values, count, a.channels, a.channels, a.eps, s);
+      row_statistics(values, count, a.channels, kLanes, a.channels, a.eps, s);
       for (int64_t i = 0; i < count; ++i) {
         a.mean[pixel + i] = s[i].mean;
         a.rstd[pixel + i] = s[i].rstd;
         if (!patches.holds(row, first + i)) continue;
-        normalize(values + i * a.channels, s[i], scale, shift, a.channels, streams, y + patches.offset(row, first + i));
+        normalize(values + i * a.channels, kLanes, s[i], scale, shift, a.channels, streams,
+                  y + patches.offset(row, first + i));
       }
     }
     finish_streams();
@@ -77,8 +78,8 @@ void backward(const NormPatchifyBackward& a) {
           continue;
         }
         normalize_backward(static_cast<const T*>(a.grad_y) + patches.offset(row, x),
-                           static_cast<const T*>(a.x) + pixel * a.channels, Statistics{a.mean[pixel], a.rstd[pixel]},
-                           scale, a.channels, sums, grad);
+                           static_cast<const T*>(a.x) + pixel * a.channels, kLanes,
+                           Statistics{a.mean[pixel], a.rstd[pixel]}, scale, a.channels, sums, grad);
       }
     }
   }

@@ -96,10 +96,10 @@ void forward(const PatchConvNormForward& a) {
       for (int64_t c = 0; c < padded; c += kGroup)
         multiply(rows, weight + c * depth, bias + c, depth, padded, conv + c);
       Statistics s[kPixels];
-      row_statistics(conv, count, padded, a.channels, a.eps, s);
+      row_statistics(conv, count, padded, kLanes, a.channels, a.eps, s);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t pixel = row * grid_x + x + i;
-        normalize(conv + i * padded, s[i], scale, shift, a.channels, streams, y + pixel * a.channels);
+        normalize(conv + i * padded, kLanes, s[i], scale, shift, a.channels, streams, y + pixel * a.channels);
         a.mean[pixel] = s[i].mean;
         a.rstd[pixel] = s[i].rstd;
       }
@@ -126,10 +126,10 @@ void backward(const PatchConvNormBackward& a) {
       const T* conv = static_cast<const T*>(a.conv) + row * a.channels;
       T* grad_conv = static_cast<T*>(a.grad_conv) + row * a.channels;
       Statistics s[kPixels];
-      row_statistics(conv, count, a.channels, a.channels, a.eps, s);
+      row_statistics(conv, count, a.channels, kLanes, a.channels, a.eps, s);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t offset = i * a.channels;
-        normalize_backward(grad_y + offset, conv + offset, s[i], scale, a.channels, sums, grad_conv + offset);
+        normalize_backward(grad_y + offset, conv + offset, kLanes, s[i], scale, a.channels, sums, grad_conv + offset);
       }
     }
   }
