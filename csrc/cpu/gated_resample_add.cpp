@@ -11,6 +11,9 @@
 namespace mra::cpu::MRA_ISA {
 namespace {
 
+// Fetches what the next pixel reads: a row of channels is too short for the processor to see where it leads.
+__attribute__((always_inline)) inline void fetch(const void* p) { __builtin_prefetch(p); }
+
 // The high-resolution map, and how a low-resolution pixel reads it.
 template <class T>
 struct High {
@@ -36,14 +39,19 @@ struct High {
   void read(int64_t b, int64_t y, int64_t x, Use use) const {
     if (window_y == 1 && window_x == 1) {
       const T* p = pixel(b, y, x);
-      for (int64_t c = 0; c < channels; c += kLanes) use(c, load_first(p + c, channels - c));
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        fetch(p + c + channels);
+        use(c, load_first(p + c, channels - c));
+      }
     } else if (window_y > 0) {
       const float weight = 1.0f / static_cast<float>(window_y * window_x);
       for (int64_t c = 0; c < channels; c += kLanes) {
         Floats total = {};
         for (int64_t i = 0; i < window_y; ++i) {
           for (int64_t j = 0; j < window_x; ++j) {
-            total += load_first(pixel(b, y * window_y + i, x * window_x + j) + c, channels - c);
+            const T* p = pixel(b, y * window_y + i, x * window_x + j) + c;
+            fetch(p + window_x * channels);
+            total += load_first(p, channels - c);
           }
         }
         use(c, total * weight);
@@ -73,6 +81,7 @@ void forward(const GatedResampleAddForward& a) {
       const T* low = static_cast<const T*>(a.low) + (row * a.width + x) * a.channels;
       T* y = static_cast<T*>(a.y) + (row * a.width + x) * a.channels;
       high.read(b, row % a.height, x, [&](int64_t c, Floats value) {
+        fetch(low + c + a.channels);
         store_first(y + c, load_first(low + c, a.channels - c) + gate * value, a.channels - c);
       });
     }
