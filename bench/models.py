@@ -5,9 +5,11 @@ projector of two layers. At a side other than 336 its position embedding simply 
 weights need no interpolation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from mra_model.decoding import fast_decode
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -160,6 +162,19 @@ def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]
         "projector": [inner.multi_modal_projector],
         "language model": [inner.language_model, model.lm_head],
     }
+
+
+def optimize_llava_15(model: LlavaForConditionalGeneration) -> Callable[[], None]:
+    """What `optimize_all` is for LLaVA-HR, by PyTorch's own means: decoding, and on a GPU the tower in CUDA graphs."""
+    decoding, tower = fast_decode(model), model.model.vision_tower
+    if model.device.type == "cuda":
+        tower.compile(mode="reduce-overhead")
+
+    def undo() -> None:
+        decoding.undo()
+        tower._compiled_call_impl = None
+
+    return undo
 
 
 def weights_bytes(model: nn.Module) -> int:

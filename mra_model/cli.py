@@ -134,6 +134,9 @@ def compare(
     prompt: Annotated[str | None, typer.Option(help="The question, for a model with a tokenizer.")] = None,
     dtype: Dtype = None,
     device: Device = "auto",
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="Optimize the fused side: its tower and decoding.")
+    ] = False,
     runs: Annotated[int | None, typer.Option(min=1, help="Timed runs of each side, however long they take.")] = None,
     json_file: Json = None,
 ) -> None:
@@ -142,12 +145,12 @@ def compare(
     Ends with 1 where vision features differ by more than the dtype's tolerance, or greedy tokens differ.
     """
     started = time.perf_counter()
-    options = comparing.Options(model, preset, image, size, prompt, dtype, device)
+    options = comparing.Options(model, preset, image, size, prompt, dtype, device, optimize)
     with _one_line(WRONG_OPTION, ValueError, OSError):
         _check_writable(json_file)
         with _one_line(FAILED, NotEnoughMemory, mra_kernels.BackendUnavailable):
             subject = comparing.prepare(options)
-            comparing.check_backends(subject)
+            comparing.check_backends(options, subject)
     steps = comparing.stage_count(runs, subject.device)
     with _clean_interrupt(), _one_line(FAILED, ModelFolderError), _progress(steps) as stage:
         comparison = comparing.compare(options, subject, runs, stage, started)

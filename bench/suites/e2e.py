@@ -1,17 +1,14 @@
 """The paper's table: what an answer costs from the picture's pixels on, LLaVA-HR beside LLaVA-1.5.
 
-Both families have the same language models, the same question and the same loop, at batch 1. Every variant of a family
-computes on the same parameters, in turns.
+Both families have the same language models, the same question and the same `generate()`, at batch 1. Every variant of a
+family computes on the same parameters, in turns.
 """
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
-from dataclasses import dataclass
 from multiprocessing import get_context
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,18 +16,28 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from bench.memory import peak
-from bench.models import LLAVA_15, LLAVA_HR, Subject, choose, make_inputs, parts_of, weights_bytes
+from bench.models import (
+    LLAVA_15,
+    LLAVA_HR,
+    Subject,
+    choose,
+    make_inputs,
+    optimize_llava_15,
+    parts_of,
+    weights_bytes,
+)
 from bench.step import Result, Run
-from bench.timing import summarize, synchronize
-from mra_kernels import use_backend
+from bench.timing import summarize
 from mra_model.compare.agreement import TOLERANCES, relative_difference
-from mra_model.compare.measure import outputs
+from mra_model.compare.measure import Run as Answer
+from mra_model.compare.measure import Way, answer, optimize_all, outputs
 from mra_model.memory import NotEnoughMemory
-from mra_model.timing import timed_parts
 
-# By family and variant, the argument of `use_backend`; LLaVA-1.5 has no op of ours. The first is what the others must
-# agree with.
-VARIANTS = {LLAVA_HR: {"eager": "reference", "fused": "auto"}, LLAVA_15: {"eager": "reference"}}
+# By family, the ways to compute; LLaVA-1.5 has no op of ours. The first is what the others must agree with.
+VARIANTS = {
+    LLAVA_HR: {"eager": Way("reference"), "fused": Way("auto"), "optimized": Way("auto", optimize_all)},
+    LLAVA_15: {"eager": Way("reference"), "optimized": Way("reference", optimize_llava_15)},
+}
 
 # The lengths of answers whose cost is reported: the authors time 10 tokens.
 LENGTHS = {"first token": 1, "10 tokens": 10, "64 tokens": 64}
@@ -40,21 +47,6 @@ ROUNDS = {"cuda": 7, "cpu": 3}
 # Logits may differ this many times as much as vision features: the language model's own rounding comes on top, layer
 # by layer.
 LOGITS_FACTOR = 5.0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One greedy answer.
-
-    Attributes:
-        tokens: of the answer.
-        reached: seconds from the pixels on until the host had each token.
-        parts: seconds of the first token's parts, where they were asked for.
-    """
-
-    tokens: list[int]
-    reached: list[float]
-    parts: dict[str, float]
 
 
 def run(run: Run, *, family: str, language: str, side: int) -> None:
@@ -77,7 +69,7 @@ def run(run: Run, *, family: str, language: str, side: int) -> None:
     config = model.config
     inputs = make_inputs(config, run.device)
     facts, failures = check(model, inputs, variants, subject.dtype)
-    good = {variant: backend for variant, backend in variants.items() if variant not in failures}
+    good = {variant: way for variant, way in variants.items() if variant not in failures}
     answers, watched = _rounds(run, model, inputs, good)
     shared = {
         "visual tokens": config.image_seq_length,
@@ -87,26 +79,26 @@ def run(run: Run, *, family: str, language: str, side: int) -> None:
     if inputs["input_ids"].shape[1] + max(LENGTHS.values()) > config.text_config.max_position_embeddings:
         shared["positions"] = f"beyond the {config.text_config.max_position_embeddings} that it was trained with"
     baseline = next(iter(variants))
-    for variant, backend in variants.items():
+    for variant, way in variants.items():
         found = shared | facts.get(variant, {})
         if variant in failures:
             run.record(_result(subject, variant, failure=failures[variant], facts=found))
             continue
-        found |= _peak_facts(run, subject, model, inputs, backend)
+        found |= _peak_facts(run, subject, model, inputs, way)
         if variant != baseline and baseline in answers:
             found["tokens equal to eager's"] = _equal(answers[baseline][0].tokens, answers[variant][0].tokens)
         run.record(_measured(subject, variant, answers[variant], watched[variant], found))
 
 
 def check(
-    model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], variants: Mapping[str, str], dtype: torch.dtype
+    model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], variants: Mapping[str, Way], dtype: torch.dtype
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Computes the first token once by each variant.
 
     Args:
         model: in evaluation mode.
         inputs: see `bench.models.make_inputs`.
-        variants: by name, the backend; the others must agree with the first.
+        variants: by name, the way; the others must agree with the first.
         dtype: of the model.
 
     Returns:
@@ -115,9 +107,9 @@ def check(
     facts: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     expected: tuple[Tensor, Tensor] | None = None
-    for index, (variant, backend) in enumerate(variants.items()):
+    for index, (variant, way) in enumerate(variants.items()):
         try:
-            computed = outputs(model, inputs, backend)
+            computed = outputs(model, inputs, way)
         except torch.OutOfMemoryError as error:
             failures[variant] = f"OutOfMemoryError: {error}".splitlines()[0]
             continue
@@ -139,47 +131,8 @@ def check(
     return facts, failures
 
 
-@torch.inference_mode()
-def answer(
-    model: LlavaForConditionalGeneration,
-    inputs: Mapping[str, Tensor],
-    backend: str,
-    count: int,
-    *,
-    watch: bool = False,
-) -> Answer:
-    """Greedy decoding of exactly `count` tokens with a key-value cache; the end-of-sequence token does not end it.
-
-    Args:
-        model: in evaluation mode.
-        inputs: `input_ids`: [1, T], `pixel_values`: [1, 3, S, S], on the model's device.
-        backend: of `use_backend`.
-        count: of new tokens.
-        watch: time the parts of the first token too, by hooks.
-    """
-    device = inputs["input_ids"].device
-    watching = timed_parts(parts_of(model), device) if watch else nullcontext(dict)
-    tokens: list[int] = []
-    reached: list[float] = []
-    with use_backend(backend):
-        with watching as take:
-            synchronize(device)
-            begin = perf_counter()
-            output = model(**inputs, use_cache=True, logits_to_keep=1)
-            # The last row of the vocabulary is the image token, which is no answer.
-            tokens.append(int(output.logits[0, -1, :-1].argmax()))
-            reached.append(perf_counter() - begin)
-            parts = take()
-        while len(tokens) < count:
-            latest = torch.tensor([[tokens[-1]]], device=device)
-            output = model(input_ids=latest, past_key_values=output.past_key_values, use_cache=True)
-            tokens.append(int(output.logits[0, -1, :-1].argmax()))
-            reached.append(perf_counter() - begin)
-    return Answer(tokens, reached, parts)
-
-
 def _rounds(
-    run: Run, model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], variants: Mapping[str, str]
+    run: Run, model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], variants: Mapping[str, Way]
 ) -> tuple[dict[str, list[Answer]], dict[str, list[Answer]]]:
     """By variant, the answers that are timed, and those whose parts are; the variants take turns."""
     rounds, longest = run.pick(ROUNDS[run.device.type], 1), max(LENGTHS.values())
@@ -196,7 +149,7 @@ def _rounds(
 def _turns(
     model: LlavaForConditionalGeneration,
     inputs: Mapping[str, Tensor],
-    variants: Mapping[str, str],
+    variants: Mapping[str, Way],
     rounds: int,
     count: int,
     *,
@@ -208,8 +161,19 @@ def _turns(
         # Each round starts with another variant, so that none always follows the same one.
         shift = index % max(1, len(names))
         for variant in names[shift:] + names[:shift]:
-            found[variant].append(answer(model, inputs, variants[variant], count, watch=watch))
+            found[variant].append(_answer(model, inputs, variants[variant], count, watch))
     return found
+
+
+def _answer(
+    model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], way: Way, count: int, watch: bool = False
+) -> Answer:
+    """One answer; on a GPU CUDA graphs are captured before."""
+    parts = parts_of(model) if watch else {}
+    with way.on(model):
+        if way.optimizer is not None and model.device.type == "cuda":
+            answer(model, inputs, 3, parts)
+        return answer(model, inputs, count, parts)
 
 
 def _measured(
@@ -235,13 +199,13 @@ def _equal(expected: Sequence[int], tokens: Sequence[int]) -> int:
 
 
 def _peak_facts(
-    run: Run, subject: Subject, model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], backend: str
+    run: Run, subject: Subject, model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], way: Way
 ) -> dict[str, Any]:
     """The most bytes that weights and the start of an answer take, or why that is unknown."""
     try:
         # What a CPU's allocator kept from earlier answers would be taken for this one's inputs.
         fresh = run.device.type == "cpu" and not run.rehearsal
-        found = peak_in_new_process(subject, backend) if fresh else _peak(model, inputs, backend)
+        found = peak_in_new_process(subject, way) if fresh else _peak(model, inputs, way)
     except BrokenProcessPool:
         return {"peak bytes unknown": "the process that measured it was ended, probably for want of memory"}
     if found is None:
@@ -249,22 +213,22 @@ def _peak_facts(
     return {"peak bytes": found}
 
 
-def peak_in_new_process(subject: Subject, backend: str) -> int | None:
+def peak_in_new_process(subject: Subject, way: Way) -> int | None:
     """`_peak` on a CPU in a process of its own, where nothing else was allocated before.
 
     Raises:
         BrokenProcessPool: the process was ended.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_build_and_peak, subject, backend).result()
+        return pool.submit(_build_and_peak, subject, way).result()
 
 
-def _build_and_peak(subject: Subject, backend: str) -> int | None:
+def _build_and_peak(subject: Subject, way: Way) -> int | None:
     model = subject.build("cpu")
-    return _peak(model, make_inputs(model.config, torch.device("cpu")), backend)
+    return _peak(model, make_inputs(model.config, torch.device("cpu")), way)
 
 
-def _peak(model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], backend: str) -> int | None:
+def _peak(model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], way: Way) -> int | None:
     """The weights and what two tokens take beyond them, in bytes."""
-    beyond = peak(lambda: answer(model, inputs, backend, 2), inputs["input_ids"].device)
+    beyond = peak(lambda: _answer(model, inputs, way, 2), inputs["input_ids"].device)
     return None if beyond is None else weights_bytes(model) + beyond

@@ -1,25 +1,77 @@
-"""Computing with one backend: the vision features and logits to compare, and the timed answer."""
+"""Computing in one way: the vision features and logits to compare, and the timed answer."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
+from transformers.generation.streamers import BaseStreamer
 
 from mra_kernels import use_backend
+from mra_model.decoding import fast_decode
+from mra_model.optimization import optimize
 from mra_model.timing import synchronize, timed_parts
 
+# Makes a model faster, and returns what undoes it.
+Optimizer = Callable[[LlavaForConditionalGeneration], Callable[[], None]]
+
 TOWER = "vision tower"
+VIT = "ViT"
+PROJECTOR = "projector"
+LANGUAGE_MODEL = "language model"
 REST = "rest"
 
 FIRST_TOKEN = "first token"
 NEXT_TOKENS = "next tokens"
 
-# What no backend changes: a difference in these times is the machine's noise.
-SAME_CODE = ("ViT", "projector", "language model", REST, NEXT_TOKENS)
+
+def optimize_all(model: LlavaForConditionalGeneration) -> Callable[[], None]:
+    """`optimize` and `fast_decode`, as `mra compare --optimize` measures them; returns what undoes both."""
+    tower, decoding = optimize(model), fast_decode(model)
+
+    def undo() -> None:
+        decoding.undo()
+        tower.undo()
+
+    return undo
+
+
+def what_optimizes(model: LlavaForConditionalGeneration) -> list[str]:
+    """What `optimize_all` changes, in words, and what it leaves alone."""
+    tower, decoding = optimize(model), fast_decode(model)
+    lines = [f"{part}: {what}" for part, what in tower.faster.items()]
+    lines += [f"{part} left alone: {why}" for part, why in tower.left.items()]
+    left = f"left alone: {decoding.reason}"
+    lines.append(f"decoding: {'static cache, compiled' if decoding.reason is None else left}")
+    decoding.undo()
+    tower.undo()
+    return lines
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to compute.
+
+    Args:
+        backend: of `mra_kernels.use_backend`.
+        optimizer: applied to the model meanwhile; None for none.
+    """
+
+    backend: str
+    optimizer: Optimizer | None = None
+
+    @contextmanager
+    def on(self, model: LlavaForConditionalGeneration) -> Iterator[None]:
+        """Inside the block the model computes in this way."""
+        undo = self.optimizer(model) if self.optimizer is not None else lambda: None
+        try:
+            with use_backend(self.backend):
+                yield
+        finally:
+            undo()
 
 
 @dataclass(frozen=True)
@@ -35,18 +87,26 @@ class Run:
     """One timed answer.
 
     Attributes:
-        first_token: seconds until the first token is known.
-        next_tokens: seconds for all tokens after it.
+        reached: seconds until the host had each token.
         parts: seconds of the first token's parts. `TOWER` contains other parts, `REST` is what no part covers.
         tokens: the greedy answer.
         margins: at each token, how far the best logit is ahead of the second, relative to the largest magnitude.
     """
 
-    first_token: float
-    next_tokens: float
+    reached: list[float]
     parts: dict[str, float]
     tokens: list[int]
     margins: list[float]
+
+    @property
+    def first_token(self) -> float:
+        """Seconds until the first token is known."""
+        return self.reached[0]
+
+    @property
+    def next_tokens(self) -> float:
+        """Seconds for all tokens after it."""
+        return self.reached[-1] - self.reached[0]
 
     @property
     def tokens_per_second(self) -> float:
@@ -60,71 +120,106 @@ def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]
     low, high = tower.low, tower.high
     parts = {"stem": [high.stem]}
     parts |= {f"stage {number}": [stage] for number, stage in enumerate(high.stages, start=1)}
-    parts["ViT"] = [low.patch_embedding, low.pre_layernorm, *low.layers]
+    parts[VIT] = [low.patch_embedding, low.pre_layernorm, *low.layers]
     if len(tower.adapters):
         parts["adapters"] = list(tower.adapters)
     parts["merge"] = [tower.merge]
     parts[TOWER] = [tower]
-    parts["projector"] = [model.model.multi_modal_projector]
-    parts["language model"] = [model.model.language_model, model.lm_head]
+    parts[PROJECTOR] = [model.model.multi_modal_projector]
+    parts[LANGUAGE_MODEL] = [model.model.language_model, model.lm_head]
     return parts
 
 
+def top_parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    """The parts whose hooks keep no CUDA graph of the tower from being replayed."""
+    return {name: modules for name, modules in parts_of(model).items() if name in (TOWER, PROJECTOR, LANGUAGE_MODEL)}
+
+
 @torch.inference_mode()
-def outputs(model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], backend: str) -> Outputs:
-    """What both ways of computing must agree on. It also warms `backend` up."""
+def outputs(model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], way: Way) -> Outputs:
+    """What all ways of computing must agree on. It also warms the way up."""
     features: list[Tensor] = []
     handle = model.model.vision_tower.register_forward_hook(
         lambda module, args, output: features.append(output.last_hidden_state)
     )
     try:
-        with use_backend(backend):
+        with way.on(model):
             logits = model(**inputs, use_cache=False).logits
     finally:
         handle.remove()
     return Outputs(features[0], logits)
 
 
-@torch.inference_mode()
 def answer(
-    model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], backend: str, count: int, device: torch.device
+    model: LlavaForConditionalGeneration,
+    inputs: Mapping[str, Tensor],
+    count: int,
+    parts: Mapping[str, Sequence[nn.Module]],
 ) -> Run:
-    """Greedy decoding of exactly `count` tokens, timed. The end-of-sequence token does not end it.
+    """`generate`'s greedy answer of exactly `count` tokens, timed; an end-of-sequence token does not end it.
 
     A token counts when the host has it, as a reader of a stream would see it.
 
     Args:
         model: in evaluation mode.
         inputs: `input_ids`: [1, T] without padding, `pixel_values`: [1, 3, S, S].
-        backend: of `mra_kernels.use_backend`.
         count: of new tokens.
-        device: of the model.
+        parts: of the first token, to be timed by hooks.
     """
-    rows: list[Tensor] = []
-    never = torch.tensor(model.generation_config.suppress_tokens or [], dtype=torch.long, device=device)
-    with use_backend(backend):
-        with timed_parts(parts_of(model), device) as take:
-            synchronize(device)
-            begin = time.perf_counter()
-            output = model(**inputs, use_cache=True, logits_to_keep=1)
-            tokens = [_best(output, never, rows)]
-            first = time.perf_counter()
-            parts = take()
-        resumed = time.perf_counter()
-        while len(tokens) < count:
-            latest = torch.tensor([[tokens[-1]]], device=device)
-            output = model(input_ids=latest, past_key_values=output.past_key_values, use_cache=True)
-            tokens.append(_best(output, never, rows))
-        end = time.perf_counter()
-    parts[REST] = first - begin - sum(seconds for name, seconds in parts.items() if name != TOWER)
-    return Run(first - begin, end - resumed, parts, tokens, [_margin(row) for row in rows])
+    device = inputs["input_ids"].device
+    found: dict[str, float] = {}
+    with ExitStack() as watching:
+        take = watching.enter_context(timed_parts(parts, device))
+
+        def stop_watching() -> None:
+            found.update(take())
+            watching.close()
+
+        clock = _Clock(stop_watching)
+        synchronize(device)
+        begin = time.perf_counter()
+        output = model.generate(
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+            do_sample=False,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            streamer=clock,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    reached = [moment - begin for moment in clock.moments]
+    found[REST] = reached[0] - sum(seconds for name, seconds in found.items() if name != TOWER)
+    tokens = output.sequences[0, -count:].tolist()
+    return Run(reached, found, tokens, [_margin(row[0]) for row in output.scores])
 
 
-def _best(output: Any, never: Tensor, rows: list[Tensor]) -> int:
-    """The token of the largest logit, those of `never` apart; keeps the row of logits."""
-    row = output.logits[0, -1].index_fill(0, never, -torch.inf)
-    rows.append(row)
-    return int(row.argmax())
+class _Clock(BaseStreamer):
+    """Notes when each token comes.
+
+    Args:
+        at_first: called after the first token; the time that it takes does not count.
+    """
+
+    def __init__(self, at_first: Callable[[], None]) -> None:
+        self.moments: list[float] = []
+        self._at_first = at_first
+        self._prompt = True
+        self._paused = 0.0
+
+    def put(self, value: Tensor) -> None:
+        """The prompt comes first."""
+        now = time.perf_counter()
+        if self._prompt:
+            self._prompt = False
+            return
+        self.moments.append(now - self._paused)
+        if len(self.moments) == 1:
+            self._at_first()
+            self._paused = time.perf_counter() - now
+
+    def end(self) -> None:
+        """Nothing is left to do."""
 
 
 def _margin(row: Tensor) -> float:

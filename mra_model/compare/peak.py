@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mra_model.compare.measure import answer
+from mra_model.compare.measure import Way, answer, optimize_all
 from mra_model.compare.subject import Options, prepare
 
 _PROGRAM = "from mra_model.compare.peak import main; main()"
@@ -35,9 +35,10 @@ class Peak:
         return asdict(self)
 
 
-def measure_peak(options: Options, backend: str) -> Peak:
+def measure_peak(options: Options, way: Way) -> Peak:
     """Runs the picture, the prompt and two tokens in a new process; a failure there is a result, not an error."""
-    command = [sys.executable, "-c", _PROGRAM, options.to_json(), backend]
+    optimized = "plain" if way.optimizer is None else "optimized"
+    command = [sys.executable, "-c", _PROGRAM, options.to_json(), way.backend, optimized]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         return Peak(None, None, f"the process was ended by signal {-done.returncode}; 9 means out of memory")
@@ -48,8 +49,9 @@ def measure_peak(options: Options, backend: str) -> Peak:
 
 
 def main() -> None:
-    """The new process: prints a `Peak` as JSON. Arguments: options as JSON, and the backend."""
-    options, backend = Options.from_json(sys.argv[1]), sys.argv[2]
+    """The new process: prints a `Peak` as JSON. Arguments: options as JSON, the backend, "optimized" or "plain"."""
+    options = Options.from_json(sys.argv[1])
+    way = Way(sys.argv[2], optimize_all if sys.argv[3] == "optimized" else None)
     subject = prepare(options)
     model = subject.build()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -59,7 +61,8 @@ def main() -> None:
     except OSError as error:
         print(json.dumps(Peak(None, None, f"the system keeps no high-water mark: {error}").as_dict()))
         return
-    answer(model, subject.inputs, backend, 2, subject.device)
+    with way.on(model):
+        answer(model, subject.inputs, 2, {})
     peak = torch.cuda.max_memory_allocated(subject.device) if on_gpu else _high_water()
     print(json.dumps(Peak(peak, weights).as_dict()))
 

@@ -42,6 +42,7 @@ class Options:
         prompt: the question; needs a model with a tokenizer.
         dtype: name of the dtype to compute in; None is `default_dtype` of the device.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        optimize: whether the fused side is optimized, too: see `mra_model.optimize` and `mra_model.fast_decode`.
     """
 
     model: str | None = None
@@ -51,6 +52,7 @@ class Options:
     prompt: str | None = None
     dtype: str | None = None
     device: str = "auto"
+    optimize: bool = False
 
     def to_json(self) -> str:
         """For a process of its own."""

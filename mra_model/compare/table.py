@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from mra_model.compare.measure import SAME_CODE, TOWER, Run
+from mra_model.compare.measure import NEXT_TOKENS, TOWER, Run
 from mra_model.compare.peak import Peak
 from mra_model.compare.result import (
     EAGER,
@@ -13,8 +13,10 @@ from mra_model.compare.result import (
     FUSED,
     SIDES,
     Comparison,
+    fused_name,
     part_names,
     part_time,
+    same_code,
     speed_up,
     speed_ups,
     verdict,
@@ -43,7 +45,7 @@ def _table(comparison: Comparison) -> Table:
     runs = f"{count} runs" if count > 1 else "1 run"
     table = Table(title=f"Milliseconds, median (20th-80th percentile) of {runs} each, in turns", title_justify="left")
     table.add_column("")
-    for name in ("eager", "fused", "speed-up"):
+    for name in (EAGER, fused_name(comparison), "speed-up"):
         table.add_column(name, justify="right")
     for part in part_names(comparison):
         name = f"{part} (all above)" if part == TOWER else part
@@ -52,7 +54,9 @@ def _table(comparison: Comparison) -> Table:
     _add_times(table, "time to first token", comparison, lambda run: run.first_token)
     rates = [spread([run.tokens_per_second for run in comparison.runs[side]]) for side in SIDES]
     table.add_row(
-        "tokens/s after it", *(_shown(rate) for rate in rates), _gain(rates[1].median / rates[0].median, True)
+        "tokens/s after it",
+        *(_shown(rate) for rate in rates),
+        _gain(rates[1].median / rates[0].median, NEXT_TOKENS in same_code(comparison)),
     )
     table.add_section()
     table.add_row("peak memory", *_memory(comparison.peaks))
@@ -63,7 +67,7 @@ def _add_times(
     table: Table, name: str, comparison: Comparison, of: Callable[[Run], float], end_section: bool = False
 ) -> None:
     sides = [spread([of(run) * 1e3 for run in comparison.runs[side]]) for side in SIDES]
-    ratio = _gain(speed_up(comparison, of), name in SAME_CODE)
+    ratio = _gain(speed_up(comparison, of), name in same_code(comparison))
     table.add_row(name, *(_shown(side) for side in sides), ratio, end_section=end_section)
 
 
@@ -99,9 +103,11 @@ def _lines(comparison: Comparison) -> list[str]:
     fast = [f"{op} ({backend})" for op, backend in served.items() if backend != "reference"]
     rest = len(served) - len(fast)
     lines.append(f"fused kernels: {', '.join(fast) or 'none'}; {rest} of {len(served)} ops run on the reference")
-    same = [gain for name, gain in speed_ups(comparison).items() if name in SAME_CODE]
+    lines += [f"optimized: {what}" for what in comparison.optimized or []]
+    names = same_code(comparison)
+    same = [gain for name, gain in speed_ups(comparison).items() if name in names]
     lines.append(
-        f"the same code on both sides: {', '.join(SAME_CODE)}; their {min(same):.2f}x to {max(same):.2f}x is noise"
+        f"the same code on both sides: {', '.join(names)}; their {min(same):.2f}x to {max(same):.2f}x is noise"
     )
     weights = comparison.peaks[EAGER].weights
     if weights is not None:
