@@ -9,6 +9,7 @@ from mra_model.configuration_mra import MraVisionConfig
 from mra_model.images import ImageError, load_image
 from mra_model.memory import NotEnoughMemory
 from mra_model.modeling_mra import MraVisionModel
+from mra_model.optimization import optimize
 from mra_model.presets import LANGUAGE_MODEL_LORA, PRESETS, build_model, preset_config
 from mra_model.processing_mra import build_processor, load_tokenizer
 
@@ -26,5 +27,6 @@ __all__ = [
     "build_processor",
     "load_image",
     "load_tokenizer",
+    "optimize",
     "preset_config",
 ]
