@@ -18,7 +18,8 @@ def optimize(model: nn.Module, *, max_graphs: int = 4) -> Optimization:
     stay what and where they are for `state_dict`, `save_pretrained`, optimizers and PEFT. The query, key and value
     weights of a layer become views of one matrix, as do the first 1x1 convolutions of the adapters, which takes no more
     memory. In-place changes of weights, such as `load_state_dict`, take effect at once; `.to()`, a replaced parameter
-    or module, and hooks are noticed at the next call. A copy of the model, by `deepcopy` or pickle, is a plain one.
+    or module, and hooks are noticed at the next call. Only the position embedding must not be written to through
+    `.data`, where PyTorch counts no changes. A copy of the model, by `deepcopy` or pickle, is a plain one.
 
     On a GPU a CUDA graph is captured at the first call of each batch, side and pixel dtype, after warm-up; results are
     copies that no later call changes. PyTorch's global settings, such as TF32, are those at capture.

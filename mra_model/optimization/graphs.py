@@ -3,8 +3,9 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from threading import Lock
+from threading import RLock
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class GraphCache:
         # A call that could not be captured has the reason in its place, and is not tried again.
         self._entries: OrderedDict[Hashable, Graph | str] = OrderedDict()
         self._state: Hashable = None
-        self._lock = Lock()
+        self._lock = RLock()
 
     def __len__(self) -> int:
         return sum(not isinstance(entry, str) for entry in self._entries.values())
@@ -53,7 +54,8 @@ class GraphCache:
 
     def clear(self) -> None:
         """Forgets all graphs and frees their memory."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()
 
     def run(self, call: Call, inputs: Tensor, key: Hashable, state: Hashable) -> Tensor | str:
         """What `call` makes of `inputs`, by a replay.
@@ -104,8 +106,8 @@ class CudaCapture:
         with torch.cuda.device(device):
             self.side = torch.cuda.Stream()
             self._stream = torch.cuda.Stream()
-            self._pool = torch.cuda.graph_pool_handle()
             self._last = torch.cuda.Event()
+        self._live: WeakSet[CudaGraph] = WeakSet()
 
     def __call__(self, call: Call, example: Tensor) -> "CudaGraph":
         """A graph of `call`, warmed up on the stream that is captured; nothing of it depends on inference mode."""
@@ -118,10 +120,14 @@ class CudaCapture:
                     call(inputs)
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
+            # The memory of graphs that are all gone cannot be captured into again.
+            pool = next((live.pool for live in self._live), None)
             # Other threads may load data to the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
                 output = call(inputs)
-        return CudaGraph(self, graph, call, inputs, output)
+        captured = CudaGraph(self, graph, call, inputs, output)
+        self._live.add(captured)
+        return captured
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -144,6 +150,11 @@ class CudaGraph:
         self._capture = capture
         self._graph = graph
         self._call = call
+
+    @property
+    def pool(self) -> Any:
+        """PyTorch's name of its memory."""
+        return self._graph.pool()
 
     def replay(self) -> None:
         """Launches the graph on the current stream."""

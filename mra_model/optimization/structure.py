@@ -1,7 +1,7 @@
-"""What a module is made of, compared between calls in a few dozen microseconds."""
+"""What a module is made of, compared between calls in about a hundred microseconds for the tower's 768 parameters."""
 
 from collections.abc import Hashable
-from itertools import chain
+from itertools import chain, repeat
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 class Structure:
-    """The modules inside `root` and the memory of its parameters.
+    """The modules inside `root`, hooks on them, and the memory of its parameters.
 
     A change of values in place is none: who computes from the same memory sees it.
     """
@@ -20,11 +20,15 @@ class Structure:
     def __init__(self, root: nn.Module) -> None:
         # Held, so that no module that is replaced leaves its identity to another one.
         self._modules = dict(root.named_modules())
-        self._children = [module._modules for module in self._modules.values()]
-        self._parameters = [module._parameters for module in self._modules.values()]
+        modules = list(self._modules.values())
+        self._children = [module._modules for module in modules]
+        self._parameters = [module._parameters for module in modules]
+        # Hooks of `root` itself run outside its forward.
+        self._attributes = [module.__dict__ for module in modules[1:]]
+        self._hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     def state(self) -> Hashable:
-        """Equal to an earlier one as long as no module was replaced and every parameter lies where it did."""
+        """Equal to an earlier one as long as modules are the same, hooked or not, and parameters lie where they did."""
         children = tuple(map(id, chain.from_iterable(map(dict.values, self._children))))
         parameters = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
         try:
@@ -32,9 +36,13 @@ class Structure:
         except RuntimeError:
             # Subclasses, such as quantized weights, need not have one.
             addresses = tuple(map(id, parameters))
-        # The same address with another dtype is possible after two conversions.
-        return children, addresses, frozenset([p.dtype for p in parameters])
+        return children, addresses, self._is_hooked()
 
-    def hooked(self) -> tuple[str, ...]:
-        """Names of the modules inside `root` that are hooked; those of `root` itself run outside its forward."""
-        return tuple([name for name, module in self._modules.items() if name and is_hooked(module)])
+    def hooked(self) -> str | None:
+        """The name of the first module inside `root` that is hooked."""
+        if not self._is_hooked():
+            return None
+        return next(name for name, module in self._modules.items() if name and is_hooked(module))
+
+    def _is_hooked(self) -> bool:
+        return any(self._hooks) or any(map(dict.__contains__, self._attributes, repeat("forward")))

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from mra_model.optimization.graphs import CudaCapture, GraphCache
 from mra_model.optimization.layers import LayerRoute, pack, projections, unpack, why_not, why_not_plain
 from mra_model.optimization.report import Optimization
 from mra_model.optimization.structure import Structure
+
+# Kinds of devices that have graphs; `CudaCapture` makes them.
+GRAPH_DEVICES = ("cuda",)
 
 # Sides of the picture for which constants are kept; a position embedding takes a few megabytes.
 KEPT_SIDES = 8
@@ -70,6 +74,7 @@ class TowerRoute:
         self.report = Optimization(max_graphs, _undo=self._undo)
         self._graphs = GraphCache(max_graphs, lambda call, example: self._capture(example.device)(call, example))
         self._captures: dict[torch.device, CudaCapture] = {}
+        self._lock = Lock()
         self._prepare()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -82,9 +87,10 @@ class TowerRoute:
         if reason is not None:
             self.report.plain[reason] += 1
             return None
-        if self._state() != self._seen:
-            self._prepare()
-        constants = self._constants_at(grid, pixels.shape[-1] // HIGH_STRIDE)
+        with self._lock:
+            if self._state() != self._seen:
+                self._prepare()
+            constants = self._constants_at(grid, pixels.shape[-1] // HIGH_STRIDE)
         reason = self._why_no_graph(pixels)
         if reason is None:
             call = partial(self._forward, grid=grid, constants=constants, side=self._capture(pixels.device).side)
@@ -134,7 +140,9 @@ class TowerRoute:
 
     def _state(self) -> Hashable:
         """What everything prepared depends on. The position embedding was resized: there values count too."""
-        return self._structure.state(), self._structure.hooked(), self.tower.low.position_embedding._version
+        positions = self.tower.low.position_embedding
+        # Two conversions may end at the first address with another dtype.
+        return self._structure.state(), positions.dtype, positions._version
 
     def _prepare(self) -> None:
         """Packs weights and drops what was kept."""
@@ -143,9 +151,12 @@ class TowerRoute:
         report.faster, report.left = {}, {}
         self._layers = [self._prepare_layer(f"ViT layer {n}", layer) for n, layer in enumerate(tower.low.layers)]
         served = sum(layer is not None for layer in self._layers)
-        report.faster["ViT"] = f"{served} of {len(self._layers)} layers: one QKV product, sums in epilogues"
+        if served:
+            report.faster["ViT"] = f"{served} of {len(self._layers)} layers have one QKV product, sums in epilogues"
         self._adapters = self._prepare_adapters()
-        report.faster["position embedding"] = "resized once for a side of the picture"
+        report.faster["position embedding"] = "resized once for each side of the picture"
+        if tower.low.position_embedding.device.type in GRAPH_DEVICES and report.max_graphs > 0:
+            report.faster["whole tower"] = "CUDA graphs, ConvNeXt on a second stream beside the ViT's first quarter"
         self._constants: dict[tuple[int, int], Constants] = {}
         # Packing moved weights itself.
         self._seen = None if tower.low.position_embedding.is_inference() else self._state()
@@ -231,11 +242,11 @@ class TowerRoute:
     def _why_no_graph(self, pixels: Tensor) -> str | None:
         if self.report.max_graphs == 0:
             return "max_graphs is 0"
-        if pixels.device.type != "cuda":
+        if pixels.device.type not in GRAPH_DEVICES:
             return f"CUDA graphs need a CUDA device, and this is {pixels.device.type}"
         hooked = self._structure.hooked()
-        if hooked:
-            return f"{hooked[0]} has hooks or a forward of its own, which a replay would not call"
+        if hooked is not None:
+            return f"{hooked} has hooks or a forward of its own, which a replay would not call"
         return None
 
     def _key(self, pixels: Tensor) -> Key:
