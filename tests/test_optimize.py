@@ -2,16 +2,21 @@
 
 import copy
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as distributed
 from checkpoints import DATA, GOLDEN, arch_of
 from conftest import make_tiny_config
 from golden_model import Golden, golden_pixels
+from safetensors.torch import load_model, save_file, save_model
 from test_optimize_graphs import FakeGraph
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 import mra_kernels
@@ -21,6 +26,7 @@ from mra_model.convert import convert
 from mra_model.optimization import tower as route_module
 from mra_model.optimization.layers import mlp, mlp_by_silu
 
+ONE = "model.vision_tower.low.layers.0.self_attn.q_proj.weight"
 PACKED = ("low.layers.0.self_attn.q_proj.weight", "adapters.1.high_conv_bias")
 
 
@@ -60,11 +66,13 @@ class TestReport:
         before = look(tower, pixels)
         report = optimize(tower)
         look(tower, pixels)
-        report.undo()
+        packed = {name: tower.get_parameter(name).data_ptr() for name in PACKED}
+        with torch.inference_mode():
+            report.undo()
         assert tower.route is None
         assert torch.equal(look(tower, pixels), before)
-        storages = {p.untyped_storage().data_ptr() for p in tower.parameters()}
-        assert len(storages) == len(list(tower.parameters()))
+        assert all(tower.get_parameter(name).data_ptr() != pointer for name, pointer in packed.items())
+        tower(pixels).last_hidden_state.sum().backward()
         again = optimize(tower)
         report.undo()
         assert tower.route is not None
@@ -164,17 +172,35 @@ class TestSameResults:
 
 class TestWeights:
     def test_saved_weights_are_the_plain_ones(self, tiny_model: LlavaForConditionalGeneration, tmp_path: Path) -> None:
-        expected = copy.deepcopy(tiny_model).state_dict()
-        optimize(tiny_model)
-        tiny_model.save_pretrained(tmp_path)
-        file = io.BytesIO()
-        torch.save(tiny_model.state_dict(), file)
-        file.seek(0)
-        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-        for found in (loaded.state_dict(), torch.load(file), tiny_model.state_dict()):
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[name], value) for name, value in expected.items())
+        """Every file is the same, byte for byte, however it is saved, and safetensors finds no shared memory."""
+        savers: dict[str, Callable[[nn.Module, Path], None]] = {
+            "transformers": lambda model, folder: model.save_pretrained(folder),
+            "shards": lambda model, folder: model.save_pretrained(folder, max_shard_size="50KB"),
+            "torch": lambda model, folder: torch.save(model.state_dict(), folder / "weights.bin"),
+            "one parameter": lambda model, folder: torch.save(model.get_parameter(ONE), folder / "one.bin"),
+            "tensors": lambda model, folder: save_file(model.state_dict(), folder / "weights.safetensors"),
+            "model": lambda model, folder: save_model(model, str(folder / "model.safetensors")),
+        }
+        written = []
+        for _ in range(2):
+            files = {}
+            for name, save in savers.items():
+                folder = tmp_path / name
+                folder.mkdir(exist_ok=True)
+                save(tiny_model, folder)
+                files |= {path: path.read_bytes() for path in sorted(folder.iterdir())}
+            written.append(files)
+            optimize(tiny_model)
+            look(tiny_model.model.vision_tower, pictures(1))
+        plain, optimized = written
+        assert plain.keys() == optimized.keys()
+        assert len(plain) > len(savers)
+        for path, content in plain.items():
+            assert optimized[path] == content, path
+        load_model(tiny_model, tmp_path / "model" / "model.safetensors")
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "transformers")
         assert loaded.model.vision_tower.route is None
+        assert all(map(torch.equal, loaded.parameters(), tiny_model.parameters()))
 
     def test_a_copy_is_plain_and_apart(self, tower: MraVisionModel) -> None:
         optimize(tower)
@@ -249,6 +275,27 @@ class TestWeights:
         assert relative_error(after, before) > 1e-3
 
 
+# A hook on it leaves this part alone.
+HOOKED = {
+    "low.layers.2.mlp.fc1": "ViT layer 2",
+    "low.layers.2": None,
+    "adapters.0": "MR-Adapters",
+    "high.stem": None,
+    "merge": None,
+}
+
+
+class OtherLayer(nn.Module):
+    """A layer around a layer, which knows nothing of routes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.layer(hidden_states, attention_mask)
+
+
 class TestLeftAlone:
     """What does not apply keeps the plain computation of its part, with the reason."""
 
@@ -267,7 +314,7 @@ class TestLeftAlone:
         assert relative_error(look(tower, pictures(1)), expected) < 1e-5
         assert "ViT layer 1" not in report.left
 
-    @pytest.mark.parametrize("name", ["low.layers.2.mlp.fc1", "low.layers.2", "adapters.0", "high.stem", "merge"])
+    @pytest.mark.parametrize("name", HOOKED)
     def test_hooks_run(self, tower: MraVisionModel, name: str) -> None:
         report = optimize(tower)
         look(tower, pictures(1))
@@ -275,10 +322,49 @@ class TestLeftAlone:
         handle = tower.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
         look(tower, pictures(1))
         assert calls == [1]
-        assert ("ViT layer 2" in report.left) == name.endswith("fc1")
+        assert list(report.left) == ([HOOKED[name]] if HOOKED[name] else [])
         handle.remove()
         look(tower, pictures(1))
         assert not report.left
+
+    def test_a_hook_that_changes_what_an_adapter_reads(self, tower: MraVisionModel) -> None:
+        optimize(tower)
+        tower.adapters[0].register_forward_pre_hook(lambda _, inputs: (inputs[0], 2 * inputs[1]))
+        assert relative_error(look(tower, pictures(1)), plainly(tower, pictures(1))) < 1e-5
+
+    def test_another_layer(self, tower: MraVisionModel) -> None:
+        report = optimize(tower)
+        tower.low.layers[1] = OtherLayer(tower.low.layers[1])
+        assert relative_error(look(tower, pictures(1)), plainly(tower, pictures(1))) < 1e-5
+        assert report.left["ViT layer 1"].endswith("OtherLayer, not MraEncoderLayer")
+
+    @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj"])
+    def test_tied(self, tower: MraVisionModel, name: str) -> None:
+        """With another layer's query, or within a layer."""
+        tower.low.layers[2].get_submodule(name).weight = tower.low.layers[
+            2 if "k" in name else 0
+        ].self_attn.q_proj.weight
+        report = optimize(tower)
+        look(tower, pictures(1))
+        with torch.no_grad():
+            tower.low.layers[2].self_attn.q_proj.weight.mul_(1.5)
+        assert relative_error(look(tower, pictures(1)), plainly(tower, pictures(1))) < 1e-5
+        assert "shares a parameter" in next(iter(report.left.values()))
+
+    def test_one_adapter_in_another_dtype(self, tower: MraVisionModel) -> None:
+        tower.adapters[1].double()
+        report = optimize(tower)
+        assert tower.adapters[0].high_conv_weight.dtype == torch.float32
+        assert "differ in dtype" in report.left["MR-Adapters"]
+
+    def test_sharded(self, tiny_model: LlavaForConditionalGeneration) -> None:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        try:
+            fully_shard(tiny_model, mesh=init_device_mesh("cpu", (1,)))
+            with pytest.raises(ValueError, match="sharded by FSDP"):
+                optimize(tiny_model)
+        finally:
+            distributed.destroy_process_group()
 
     def test_parametrized(self, tower: MraVisionModel) -> None:
         nn.utils.parametrizations.weight_norm(tower.low.layers[0].self_attn.k_proj)

@@ -90,7 +90,7 @@ class GraphCache:
     def _try(self, call: Call, inputs: Tensor) -> Graph | str:
         try:
             return self._capture(call, inputs)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             return f"its capture failed: {type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -157,7 +157,8 @@ class CudaGraph:
         return self._graph.pool()
 
     def replay(self) -> None:
-        """Launches the graph on the current stream."""
+        """Launches the graph on the current stream, which may not be the one that its input was allocated on."""
+        self.inputs.record_stream(torch.cuda.current_stream())
         self._graph.replay()
 
     def turn(self) -> AbstractContextManager[None]:

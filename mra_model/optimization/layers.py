@@ -1,16 +1,18 @@
 """CLIP's encoder layer with its query, key and value as one product, and the sums in the products' epilogues."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPEncoderLayer, eager_attention_forward
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, eager_attention_forward
 
 from mra_kernels import linear_scale_residual
 from mra_kernels.native import _product
+from mra_model.modeling_mra import MraEncoderLayer
+from mra_model.optimization.packing import Packed, why_not_plain, why_not_together
 from mra_model.optimization.structure import is_hooked
 
 # Of quick-GELU: z * sigmoid(1.702 z).
@@ -34,18 +36,22 @@ class LayerRoute:
     """Computes what a layer computes, in evaluation mode: x: [B, L, C] -> [B, L, C].
 
     Args:
-        layer: `why_not` has nothing against it. Its query, key and value become views of one matrix.
+        layer: `why_not` has nothing against it. Its query, key and value move into one matrix.
+
+    Attributes:
+        packs: weights [3 * C, C] and biases [3 * C] of query, key and value.
     """
 
-    def __init__(self, layer: CLIPEncoderLayer) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
-        self._weight = pack(projections(layer, "weight"))
-        self._bias = pack(projections(layer, "bias"))
+        self.packs = Packed(_projections(layer, "weight")), Packed(_projections(layer, "bias"))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [B, L, C] -> [B, L, C]."""
-        layer, attention = self._layer, self._layer.self_attn
-        qkv = _linear(layer.layer_norm1(x), self._weight, self._bias).unflatten(-1, (3, -1, attention.head_dim))
+        layer: Any = self._layer
+        attention = layer.self_attn
+        weight, bias = (pack.whole for pack in self.packs)
+        qkv = _linear(layer.layer_norm1(x), weight, bias).unflatten(-1, (3, -1, attention.head_dim))
         # Each [B, heads, L, C / heads].
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
@@ -86,6 +92,8 @@ def why_not(layer: nn.Module) -> str | None:
     What it does not call as a module must be plain: LoRA, quantization, parametrizations, hooks and partitioned
     weights keep the layer's own forward.
     """
+    if type(layer) is not MraEncoderLayer:
+        return f"it is {type(layer).__module__}.{type(layer).__name__}, not MraEncoderLayer"
     for name, expected in _TYPES.items():
         module = layer.get_submodule(name)
         if type(module) is not expected:
@@ -99,61 +107,16 @@ def why_not(layer: nn.Module) -> str | None:
         if isinstance(module, nn.Linear) and module.weight.shape != (module.out_features, module.in_features):
             return f"{name}.weight has shape {tuple(module.weight.shape)}, as if partitioned"
     for parameter in ("weight", "bias"):
-        tensors = projections(layer, parameter)
-        if len({(t.dtype, t.device, t.shape) for t in tensors}) != 1:
-            return f"the {parameter}s of query, key and value differ in dtype, device or shape"
+        reason = why_not_together(_projections(layer, parameter))
+        if reason is not None:
+            return f"the {parameter}s of query, key and value: {reason}"
     return None
 
 
-def why_not_plain(tensor: Tensor | None) -> str | None:
-    """None for a parameter in memory of the usual kind, otherwise the reason."""
-    if tensor is None:
-        return "is missing"
-    if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
-        return f"is a {type(tensor.data).__name__}"
-    if tensor.is_inference():
-        return "was made in inference mode"
-    return None
-
-
-def projections(layer: nn.Module, parameter: str) -> list[nn.Parameter]:
+def _projections(layer: nn.Module, parameter: str) -> list[nn.Parameter]:
     """Query, key and value, in the order of the packed matrix."""
     attention = layer.get_submodule("self_attn")
     return [getattr(getattr(attention, name), parameter) for name in ("q_proj", "k_proj", "v_proj")]
-
-
-def pack(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Makes parameters of one shape consecutive views of one tensor, which is returned: n x [N, ...] -> [n * N, ...].
-
-    Values, and so `state_dict`, optimizers and files, stay what they are; values written into either are the other's.
-    """
-    first = parameters[0].data
-    if not _is_packed(parameters):
-        # A tensor of inference mode could not be trained afterwards.
-        with torch.inference_mode(False), torch.no_grad():
-            whole = torch.cat([parameter.detach() for parameter in parameters])
-            for parameter, rows in zip(parameters, whole.split(len(first)), strict=True):
-                parameter.data = rows
-        return whole
-    return first.as_strided((len(parameters) * len(first), *first.shape[1:]), first.stride())
-
-
-def unpack(parameters: Sequence[nn.Parameter]) -> None:
-    """Gives each parameter memory of its own again."""
-    if _is_packed(parameters):
-        for parameter in parameters:
-            parameter.data = parameter.data.clone()
-
-
-def _is_packed(parameters: Sequence[nn.Parameter]) -> bool:
-    first = parameters[0].data
-    storage, start = first.untyped_storage()._cdata, first.storage_offset()
-    return all(
-        p.data.untyped_storage()._cdata == storage
-        and p.data.storage_offset() == start + index * first.numel()
-        and p.data.is_contiguous()
-        for index, p in enumerate(parameters)
-    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The tower's route at inference: packed products, kept constants; on a GPU two streams and a CUDA graph."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -14,12 +14,16 @@ from mra_kernels.modules import resample_mean_weights
 from mra_model.configuration_mra import HIGH_STRIDE, QUARTERS
 from mra_model.modeling_mra import MraAdapterLayer, MraVisionModel
 from mra_model.optimization.graphs import CudaCapture, GraphCache
-from mra_model.optimization.layers import LayerRoute, pack, projections, unpack, why_not, why_not_plain
+from mra_model.optimization.layers import LayerRoute, why_not
+from mra_model.optimization.packing import Packed, why_not_together
 from mra_model.optimization.report import Optimization
-from mra_model.optimization.structure import Structure
+from mra_model.optimization.structure import Structure, is_hooked
 
 # Kinds of devices that have graphs; `CudaCapture` makes them.
 GRAPH_DEVICES = ("cuda",)
+
+# A part in the report.
+ADAPTERS = "MR-Adapters"
 
 # Sides of the picture for which constants are kept; a position embedding takes a few megabytes.
 KEPT_SIDES = 8
@@ -119,7 +123,9 @@ class TowerRoute:
         tokens = low.embed(pixels, grid, constants.positions)
         quarter = len(low.layers) // QUARTERS
         for index, layer in enumerate(low.layers, start=1):
-            tokens = layer(tokens, None, route=self._layers[index - 1])
+            route = self._layers[index - 1]
+            # A layer that is none of ours knows no route.
+            tokens = layer(tokens, None) if route is None else layer(tokens, None, route=route)
             if side is not None and index == quarter:
                 stream.wait_stream(side)
             if index % quarter == 0 and index // quarter <= len(tower.adapters):
@@ -133,7 +139,8 @@ class TowerRoute:
         count = len(self.tower.adapters)
         if self._adapters is None:
             return high, [None] * count
-        hidden, mean = linear_gelu(high, *self._adapters, constants.mean_weights)
+        weight, bias = (pack.whole for pack in self._adapters)
+        hidden, mean = linear_gelu(high, weight, bias, constants.mean_weights)
         return high, list(zip(hidden.chunk(count, -1), mean.chunk(count, -1), strict=True))
 
     # What is prepared, and when anew.
@@ -146,20 +153,25 @@ class TowerRoute:
 
     def _prepare(self) -> None:
         """Packs weights and drops what was kept."""
-        tower, report = self.tower, self.report
+        tower, report, positions = self.tower, self.report, self.tower.low.position_embedding
         self._structure = Structure(tower)
         report.faster, report.left = {}, {}
         self._layers = [self._prepare_layer(f"ViT layer {n}", layer) for n, layer in enumerate(tower.low.layers)]
+        self._adapters = self._prepare_adapters()
+        self._leave_tied()
         served = sum(layer is not None for layer in self._layers)
         if served:
             report.faster["ViT"] = f"{served} of {len(self._layers)} layers have one QKV product, sums in epilogues"
-        self._adapters = self._prepare_adapters()
+        if self._adapters is not None:
+            report.faster[ADAPTERS] = "their first 1x1 convolutions are one product"
         report.faster["position embedding"] = "resized once for each side of the picture"
-        if tower.low.position_embedding.device.type in GRAPH_DEVICES and report.max_graphs > 0:
+        if positions.device.type in GRAPH_DEVICES and report.max_graphs > 0:
             report.faster["whole tower"] = "CUDA graphs, ConvNeXt on a second stream beside the ViT's first quarter"
         self._constants: dict[tuple[int, int], Constants] = {}
+        # Held, so that its address is given to no other values while an older resize of it is kept.
+        self._resized = positions.detach()
         # Packing moved weights itself.
-        self._seen = None if tower.low.position_embedding.is_inference() else self._state()
+        self._seen = None if positions.is_inference() else self._state()
 
     def _prepare_layer(self, name: str, layer: nn.Module) -> LayerRoute | None:
         reason = why_not(layer)
@@ -168,34 +180,38 @@ class TowerRoute:
         self.report.left[name] = reason
         return None
 
-    def _prepare_adapters(self) -> tuple[Tensor, Tensor] | None:
+    def _prepare_adapters(self) -> tuple[Packed, Packed] | None:
         """Weight [n * C_h, C_h] and bias [n * C_h] of the adapters' first 1x1 convolutions of the same map."""
-        adapters, name = self.tower.adapters, "MR-Adapters"
-        if len(adapters) == 0:
-            self.report.left[name] = "the tower has none"
-            return None
+        adapters = self.tower.adapters
+        reason = "the tower has none" if len(adapters) == 0 else None
         for number, adapter in enumerate(adapters):
             if type(adapter) is not MraAdapterLayer:
-                self.report.left[name] = f"number {number} is {type(adapter).__name__}, not MraAdapterLayer"
-                return None
-            for tensor in (adapter.high_conv_weight, adapter.high_conv_bias):
-                reason = why_not_plain(tensor)
-                if reason is not None:
-                    self.report.left[name] = f"a parameter of number {number} {reason}"
-                    return None
-        self.report.faster[name] = "their first 1x1 convolutions are one product"
-        return pack(self._first("weight")), pack(self._first("bias"))
+                reason = f"number {number} is {type(adapter).__name__}, not MraAdapterLayer"
+            elif is_hooked(adapter):
+                reason = f"number {number} has hooks, or a forward of its own"
+        reason = reason or self._why_not_first("weight") or self._why_not_first("bias")
+        if reason is None:
+            return Packed(self._first("weight")), Packed(self._first("bias"))
+        self.report.left[ADAPTERS] = reason
+        return None
 
     def _first(self, parameter: str) -> list[nn.Parameter]:
         return [getattr(adapter, f"high_conv_{parameter}") for adapter in self.tower.adapters]
 
-    def _packs(self) -> Iterator[list[nn.Parameter]]:
-        """The parameters of each packed tensor, in its order."""
-        served = [layer for layer, route in zip(self.tower.low.layers, self._layers, strict=True) if route is not None]
-        for parameter in ("weight", "bias"):
-            yield from (projections(layer, parameter) for layer in served)
-            if self._adapters is not None:
-                yield self._first(parameter)
+    def _why_not_first(self, parameter: str) -> str | None:
+        reason = why_not_together(self._first(parameter))
+        return None if reason is None else f"the {parameter}s of their first 1x1 convolutions: {reason}"
+
+    def _leave_tied(self) -> None:
+        """Leaves alone what lost a parameter to another's pack."""
+        reason = "shares a parameter, which can lie in one place only"
+        for number, layer in enumerate(self._layers):
+            if layer is not None and not all(pack.holds() for pack in layer.packs):
+                _release(layer.packs)
+                self._layers[number], self.report.left[f"ViT layer {number}"] = None, f"it {reason}"
+        if self._adapters is not None and not all(pack.holds() for pack in self._adapters):
+            _release(self._adapters)
+            self._adapters, self.report.left[ADAPTERS] = None, f"one {reason}"
 
     def _constants_at(self, grid: int, high_side: int) -> Constants:
         key = (grid, high_side)
@@ -207,6 +223,9 @@ class TowerRoute:
                 positions = self.tower.low.positions_at(grid)
                 wide = positions.new_empty(0, dtype=torch.promote_types(positions.dtype, torch.float32))
                 weights = resample_mean_weights((high_side, high_side), (grid, grid), wide)
+            if positions.is_cuda:
+                # Calls on other streams read them, too.
+                torch.cuda.current_stream(positions.device).synchronize()
             self._constants[key] = Constants(positions, weights)
         return self._constants[key]
 
@@ -262,5 +281,13 @@ class TowerRoute:
             return
         self.tower.route = None
         self._graphs.clear()
-        for parameters in self._packs():
-            unpack(parameters)
+        for layer in self._layers:
+            if layer is not None:
+                _release(layer.packs)
+        if self._adapters is not None:
+            _release(self._adapters)
+
+
+def _release(packs: tuple[Packed, ...]) -> None:
+    for pack in packs:
+        pack.release()
