@@ -1,4 +1,4 @@
-"""`optimize` on tiny random models and the golden checkpoints; graphs on a GPU are tested in test_optimize_gpu.py."""
+"""`optimize` on tiny random models and the golden checkpoints: the report, the features, and the weights."""
 
 import copy
 import io
@@ -8,22 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as distributed
 from checkpoints import DATA, GOLDEN, arch_of
 from conftest import make_tiny_config
 from golden_model import Golden, golden_pixels
 from safetensors.torch import load_model, save_file, save_model
-from test_optimize_graphs import FakeGraph
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-import mra_kernels
 from mra_kernels.testing import relative_error, ulp
 from mra_model import MraVisionModel, build_model, optimize
 from mra_model.convert import convert
-from mra_model.optimization import tower as route_module
 from mra_model.optimization.layers import mlp, mlp_by_silu
 
 ONE = "model.vision_tower.low.layers.0.self_attn.q_proj.weight"
@@ -46,11 +40,6 @@ def plainly(tower: nn.Module, pixels: Tensor) -> Tensor:
     plain = copy.deepcopy(tower)
     assert plain.route is None
     return look(plain, pixels)
-
-
-@pytest.fixture
-def tower(tiny_model: LlavaForConditionalGeneration) -> MraVisionModel:
-    return tiny_model.model.vision_tower
 
 
 class TestReport:
@@ -160,6 +149,17 @@ class TestSameResults:
         assert torch.equal(tiny_model.generate(**inputs, **options), plain)
         assert report.ungraphed.total() == 1
 
+    def test_any_number_of_threads(self, tower: MraVisionModel) -> None:
+        """Chosen at any time, as for PyTorch's own operators."""
+        optimize(tower)
+        before, expected = torch.get_num_threads(), plainly(tower, pictures(2))
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert relative_error(look(tower, pictures(2)), expected) < 1e-5
+        finally:
+            torch.set_num_threads(before)
+
     def test_inference_mode_and_back(self, tower: MraVisionModel) -> None:
         """What is made at the first call must serve later ones outside, and training."""
         optimize(tower)
@@ -243,6 +243,17 @@ class TestWeights:
         assert relative_error(after, plainly(tower, pictures(1))) < 1e-5
         assert relative_error(after, before) > 1e-5
 
+    def test_another_position_embedding_never_gets_the_address_of_the_kept_one(self, tower: MraVisionModel) -> None:
+        optimize(tower)
+        look(tower, pictures(1))
+        positions = tower.low.position_embedding
+        address, version = positions.data_ptr(), positions._version
+        positions.data = positions.detach().clone()
+        tries = [torch.randn(positions.shape) for _ in range(100)]
+        positions.data = next((found for found in tries if found.data_ptr() == address), tries[0])
+        assert positions._version == version
+        assert relative_error(look(tower, pictures(1)), plainly(tower, pictures(1))) < 1e-5
+
     def test_another_dtype(self, tower: MraVisionModel) -> None:
         optimize(tower)
         look(tower, pictures(1))
@@ -273,218 +284,3 @@ class TestWeights:
         after = look(tower.eval(), pictures(1))
         assert relative_error(after, plainly(tower, pictures(1))) < 1e-5
         assert relative_error(after, before) > 1e-3
-
-
-# A hook on it leaves this part alone.
-HOOKED = {
-    "low.layers.2.mlp.fc1": "ViT layer 2",
-    "low.layers.2": None,
-    "adapters.0": "MR-Adapters",
-    "high.stem": None,
-    "merge": None,
-}
-
-
-class OtherLayer(nn.Module):
-    """A layer around a layer, which knows nothing of routes."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return self.layer(hidden_states, attention_mask)
-
-
-class TestLeftAlone:
-    """What does not apply keeps the plain computation of its part, with the reason."""
-
-    def test_lora(self, tiny_model: LlavaForConditionalGeneration) -> None:
-        peft = pytest.importorskip("peft")
-        report = optimize(tiny_model)
-        config = peft.LoraConfig(target_modules=r".*vision_tower\.low\.layers\.1\.self_attn\.q_proj", r=2)
-        model = peft.get_peft_model(tiny_model, config).eval()
-        tower = tiny_model.model.vision_tower
-        nn.init.normal_(tower.low.layers[1].self_attn.q_proj.lora_B["default"].weight)
-        expected = plainly(tower, pictures(1))
-        assert relative_error(look(tower, pictures(1)), expected) < 1e-5
-        assert "q_proj is peft" in report.left["ViT layer 1"]
-        assert "3 of 4" in report.faster["ViT"]
-        model.merge_and_unload()
-        assert relative_error(look(tower, pictures(1)), expected) < 1e-5
-        assert "ViT layer 1" not in report.left
-
-    @pytest.mark.parametrize("name", HOOKED)
-    def test_hooks_run(self, tower: MraVisionModel, name: str) -> None:
-        report = optimize(tower)
-        look(tower, pictures(1))
-        calls = []
-        handle = tower.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
-        look(tower, pictures(1))
-        assert calls == [1]
-        assert list(report.left) == ([HOOKED[name]] if HOOKED[name] else [])
-        handle.remove()
-        look(tower, pictures(1))
-        assert not report.left
-
-    def test_a_hook_that_changes_what_an_adapter_reads(self, tower: MraVisionModel) -> None:
-        optimize(tower)
-        tower.adapters[0].register_forward_pre_hook(lambda _, inputs: (inputs[0], 2 * inputs[1]))
-        assert relative_error(look(tower, pictures(1)), plainly(tower, pictures(1))) < 1e-5
-
-    def test_another_layer(self, tower: MraVisionModel) -> None:
-        report = optimize(tower)
-        tower.low.layers[1] = OtherLayer(tower.low.layers[1])
-        assert relative_error(look(tower, pictures(1)), plainly(tower, pictures(1))) < 1e-5
-        assert report.left["ViT layer 1"].endswith("OtherLayer, not MraEncoderLayer")
-
-    @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj"])
-    def test_tied(self, tower: MraVisionModel, name: str) -> None:
-        """With another layer's query, or within a layer."""
-        tower.low.layers[2].get_submodule(name).weight = tower.low.layers[
-            2 if "k" in name else 0
-        ].self_attn.q_proj.weight
-        report = optimize(tower)
-        look(tower, pictures(1))
-        with torch.no_grad():
-            tower.low.layers[2].self_attn.q_proj.weight.mul_(1.5)
-        assert relative_error(look(tower, pictures(1)), plainly(tower, pictures(1))) < 1e-5
-        assert "shares a parameter" in next(iter(report.left.values()))
-
-    def test_one_adapter_in_another_dtype(self, tower: MraVisionModel) -> None:
-        tower.adapters[1].double()
-        report = optimize(tower)
-        assert tower.adapters[0].high_conv_weight.dtype == torch.float32
-        assert "differ in dtype" in report.left["MR-Adapters"]
-
-    def test_sharded(self, tiny_model: LlavaForConditionalGeneration) -> None:
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-        try:
-            fully_shard(tiny_model, mesh=init_device_mesh("cpu", (1,)))
-            with pytest.raises(ValueError, match="sharded by FSDP"):
-                optimize(tiny_model)
-        finally:
-            distributed.destroy_process_group()
-
-    def test_parametrized(self, tower: MraVisionModel) -> None:
-        nn.utils.parametrizations.weight_norm(tower.low.layers[0].self_attn.k_proj)
-        report = optimize(tower)
-        assert relative_error(look(tower, pictures(1)), plainly(tower, pictures(1))) < 1e-5
-        assert "k_proj is torch.nn.utils.parametrize.ParametrizedLinear" in report.left["ViT layer 0"]
-
-    def test_reference_autocast_and_compile(self, tower: MraVisionModel) -> None:
-        plain = look(tower, pictures(1))
-        report = optimize(tower)
-        with mra_kernels.use_backend("reference"):
-            assert relative_error(look(tower, pictures(1)), plain) < 1e-5
-        with torch.autocast("cpu", torch.bfloat16):
-            look(tower, pictures(1))
-        assert [why.split()[0] for why in report.plain] == ["the", "autocast"]
-        compiled = torch.compile(tower, backend="eager", fullgraph=True)
-        assert relative_error(look(compiled, pictures(1)), plain) < 1e-5
-        assert report.plain.total() == 2
-        assert not report.ungraphed
-
-    def test_no_picture_and_bad_pixels(self, tower: MraVisionModel) -> None:
-        """What the plain forward refuses is refused in the same words."""
-        with pytest.raises(RuntimeError) as plain:
-            look(tower, pictures(0))
-        report = optimize(tower)
-        with pytest.raises(RuntimeError) as found:
-            look(tower, pictures(0))
-        assert str(found.value) == str(plain.value)
-        assert list(report.plain) == ["there is no picture"]
-        with pytest.raises(ValueError, match="nearest valid"):
-            look(tower, pictures(1, 100))
-
-
-class PretendedCapture:
-    """In place of `CudaCapture`: graphs that insist on the memory they were captured with."""
-
-    side = None
-    tower: MraVisionModel
-    count = 0
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def __call__(self, call: Any, example: Tensor) -> FakeGraph:
-        type(self).count += 1
-        captured = [p.data_ptr() for p in self.tower.parameters()]
-
-        def checked(inputs: Tensor) -> Tensor:
-            assert [p.data_ptr() for p in self.tower.parameters()] == captured, "replayed with weights that moved"
-            return call(inputs)
-
-        return FakeGraph(checked, example)
-
-
-class TestGraphs:
-    @pytest.fixture
-    def capture(self, tower: MraVisionModel, monkeypatch: pytest.MonkeyPatch) -> type[PretendedCapture]:
-        capture = type("Capture", (PretendedCapture,), {"tower": tower, "count": 0})
-        monkeypatch.setattr(route_module, "GRAPH_DEVICES", ("cpu",))
-        monkeypatch.setattr(route_module, "CudaCapture", capture)
-        return capture
-
-    def test_features_stay(self, tower: MraVisionModel, capture: type[PretendedCapture]) -> None:
-        optimize(tower)
-        first = look(tower, pictures(1, seed=0))
-        kept = first.clone()
-        second = look(tower, pictures(1, seed=1))
-        assert capture.count == 1
-        assert torch.equal(first, kept)
-        assert relative_error(second, plainly(tower, pictures(1, seed=1))) < 1e-5
-
-    def test_one_for_each_batch_side_and_dtype(self, tower: MraVisionModel, capture: type[PretendedCapture]) -> None:
-        report = optimize(tower, max_graphs=4)
-        bytes_ = (255 * torch.rand(1, 3, 160, 160)).to(torch.uint8)
-        every = [pictures(1), pictures(2), pictures(1, 128), bytes_]
-        for pixels in every + every:
-            assert relative_error(look(tower, pixels), plainly(tower, pixels)) < 1e-5
-        assert capture.count == 4
-        assert not report.ungraphed
-        assert report.graphs[-1] == "B=1, 160 x 160, uint8"
-        look(tower, pictures(3))
-        assert len(report.graphs) == 4
-        assert "B=1, 160 x 160, float32" not in report.graphs
-
-    @pytest.mark.parametrize("change", ["load", "assign", "dtype", "positions", "module"])
-    def test_no_stale_graph(self, tower: MraVisionModel, capture: type[PretendedCapture], change: str) -> None:
-        optimize(tower)
-        before = look(tower, pictures(1))
-        state = build_model(make_tiny_config(), seed=5).model.vision_tower.state_dict()
-        if change in ("load", "assign"):
-            tower.load_state_dict(state, assign=change == "assign")
-        elif change == "dtype":
-            tower.double()
-        elif change == "positions":
-            with torch.no_grad():
-                tower.low.position_embedding.mul_(2)
-        else:
-            tower.low.layers[3].mlp.fc2 = copy.deepcopy(tower.low.layers[3].mlp.fc2)
-            nn.init.normal_(tower.low.layers[3].mlp.fc2.weight)
-        after = look(tower, pictures(1))
-        assert relative_error(after, plainly(tower, pictures(1))) < 1e-5
-        assert relative_error(after, before) > (0 if change == "dtype" else 1e-4)
-
-    def test_backend_and_train(self, tower: MraVisionModel, capture: type[PretendedCapture]) -> None:
-        report = optimize(tower)
-        look(tower, pictures(1))
-        with mra_kernels.use_backend("native,reference"):
-            look(tower, pictures(1))
-        assert capture.count == 2
-        tower.train()
-        look(tower, pictures(1))
-        assert len(tower.route._graphs) == 0
-        look(tower.eval(), pictures(1))
-        assert capture.count == 3
-        assert list(report.plain) == ["the tower is in training mode"]
-
-    def test_hooks_keep_out_of_graphs(self, tower: MraVisionModel, capture: type[PretendedCapture]) -> None:
-        report = optimize(tower)
-        calls = []
-        tower.high.stem.register_forward_hook(lambda *_: calls.append(1))
-        look(tower, pictures(1))
-        assert (calls, capture.count) == ([1], 0)
-        assert "high.stem has hooks" in next(iter(report.ungraphed))
