@@ -6,6 +6,8 @@ The whole model is a stock `LlavaForConditionalGeneration` whose `vision_config`
 from transformers import AutoConfig, AutoModel
 
 from mra_model.configuration_mra import MraVisionConfig
+from mra_model.decoding import fast_decode
+from mra_model.features import fast_prefill
 from mra_model.images import ImageError, load_image
 from mra_model.memory import NotEnoughMemory
 from mra_model.modeling_mra import MraVisionModel
@@ -24,6 +26,8 @@ __all__ = [
     "NotEnoughMemory",
     "build_model",
     "build_processor",
+    "fast_decode",
+    "fast_prefill",
     "load_image",
     "load_tokenizer",
     "preset_config",
