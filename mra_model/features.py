@@ -139,13 +139,14 @@ class PictureFeatures:
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPooling:
         """What `LlavaModel.get_image_features` gives for pixel_values [N, 3, S, S]; `pooler_output` is N of [L, D]."""
-        kwargs |= {
+        options = {
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
+            **kwargs,
         }
-        chunk = self._chunk(pixel_values, kwargs)
+        chunk = self._chunk(pixel_values, options)
         if chunk is None or (self.cache_bytes == 0 and len(pixel_values) <= chunk):
-            return self._compute(pixel_values, **kwargs)
+            return self._compute(pixel_values, **options)
         keys = self._keys(pixel_values) if self.cache_bytes else list(range(len(pixel_values)))
         features = self._features(pixel_values, keys, chunk)
         tokens, projected = (torch.stack([features[key][part] for key in keys]) for part in range(2))
