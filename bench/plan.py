@@ -127,10 +127,10 @@ def _baselines(batch: int) -> Iterator[Step]:
 def _vision(what: str, batch: int) -> Step:
     """`what` is one of the kinds below."""
     kinds: dict[str, tuple[str, str, dict[str, Any], float, float | None]] = {
-        "forward": ("forward, eager and fused", "run_forward", {}, 45, 240),
+        "forward": ("forward, eager, fused and optimized", "run_forward", {}, 50, 320),
         "training": ("training step", "run_training", {"checkpointing": False}, 60, 500),
         "checkpointing": ("training step with checkpointing", "run_training", {"checkpointing": True}, 70, 600),
-        "compile": ("forward, torch.compile beside eager and fused", "run_compiled", {"mode": None}, 120, 450),
+        "compile": ("forward, torch.compile beside the others", "run_compiled", {"mode": None}, 125, 530),
         "max-autotune": ("forward, torch.compile in that mode", "run_compiled", {"mode": "max-autotune"}, 300, None),
     }
     about, function, arguments, cuda, cpu = kinds[what]
@@ -139,6 +139,11 @@ def _vision(what: str, batch: int) -> Step:
         seconds["cpu"] = cpu
     run = _in("vision", function, batch=batch, **arguments)
     return Step(f"vision/{what}/b{batch}", f"the tower's {about}, B={batch}", seconds, run)
+
+
+def _launches() -> Step:
+    about = "how many kernels the tower's forward launches, counted by tracing, B=1"
+    return Step("vision/launches/b1", about, {"cuda": 15.0, "cpu": 15.0}, _in("launches"))
 
 
 def _answers(family: str, sides: Sequence[int], languages: Sequence[str]) -> Iterator[Step]:
@@ -173,6 +178,7 @@ def _all() -> Iterator[Step]:
     yield tests
     yield from _kernels(FIRST_OPS, (1,), ("bfloat16",))
     yield _vision("forward", 1)
+    yield _launches()
     for languages in (("7B", "small"), ("13B",)):
         yield from _answers("LLaVA-HR", (1024,), languages)
         yield from _answers("LLaVA-1.5", (336, 1022), languages)

@@ -10,7 +10,7 @@ import torch
 T = TypeVar("T")
 
 # Variants that compute with kernels of this package; `fused, CUDA graph` is one of them too.
-OURS = ("native", "triton", "fused")
+OURS = ("native", "triton", "fused", "optimized")
 
 # How a failure begins that says nothing about the kernel: too little memory, or nothing to compare with.
 _EXCUSES = ("NotEnoughMemory", "OutOfMemoryError", "not measured", "not checked")

@@ -200,15 +200,22 @@ class MRAdapter(nn.Module):
             if name.endswith("_bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, low: Tensor, high: Tensor) -> Tensor:
-        """low: [B, H, W, C_l], high: [B, H', W', C_h] -> [B, H, W, C_l]."""
+    def forward(self, low: Tensor, high: Tensor, hidden: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """low: [B, H, W, C_l], high: [B, H', W', C_h] -> [B, H, W, C_l].
+
+        `hidden` is what the adapter's first 1x1 convolution makes of `high`, where adapters of the same map had it
+        computed together: GELU(Conv1x1(high)), [B, H', W', C_h], and its mean weighted by `resample_mean_weights`,
+        [B, C_h] in float32. The reference computes it itself.
+        """
         check_grids("MRAdapter", low, high)
         if is_reference():
             return reference.mr_adapter(low, high, dict(self.named_parameters()))
         height, width = low.shape[1:3]
         smaller = high.shape[1] < height or high.shape[2] < width
-        weights = resample_mean_weights(high.shape[1:3], (height, width), low.new_empty(0, dtype=_wide(low)))
-        high_hidden, high_mean = linear_gelu(high, self.high_conv_weight, self.high_conv_bias, weights)
+        if hidden is None:
+            weights = resample_mean_weights(high.shape[1:3], (height, width), low.new_empty(0, dtype=_wide(low)))
+            hidden = linear_gelu(high, self.high_conv_weight, self.high_conv_bias, weights)
+        high_hidden, high_mean = hidden
         low_hidden, hidden_mean, low_mean = depthwise_conv_gelu(low, self.low_conv_weight, self.low_conv_bias)
         gate = adapter_gate(
             low_mean + _project(hidden_mean, self.low_proj_weight, self.low_proj_bias),

@@ -4,6 +4,7 @@ It is the `vision_config` of a stock `LlavaForConditionalGeneration`. Maps are c
 memory of tokens [B, H * W, C], so that nothing is transposed between the two.
 """
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -32,6 +34,21 @@ class MraConvNeXt(ConvNeXt):
 
 class MraAdapterLayer(GradientCheckpointingLayer, MRAdapter):
     """An MR-Adapter that `gradient_checkpointing_enable` recomputes in backward. -> [B, H, W, C_l]."""
+
+
+class MraEncoderLayer(CLIPEncoderLayer):
+    """CLIP's encoder layer, which can be told another way to compute the same; its own hooks run either way."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        route: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """hidden_states: [B, L, C] -> the same, by `route` where there is one."""
+        return super().forward(hidden_states, attention_mask, **kwargs) if route is None else route(hidden_states)
 
 
 class MraPatchEmbedding(nn.Module):
@@ -61,13 +78,20 @@ class MraLowResolution(nn.Module):
         self.patch_embedding = MraPatchEmbedding(config)
         self.position_embedding = nn.Parameter(torch.empty(grid * grid, config.hidden_size))
         self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layers = nn.ModuleList(CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(MraEncoderLayer(config) for _ in range(config.num_hidden_layers))
 
-    def embed(self, pixel_values: Tensor, grid: int) -> Tensor:
-        """pixel_values: [B, 3, S, S] -> what the first layer reads: [B, grid * grid, C_l]."""
+    def embed(self, pixel_values: Tensor, grid: int, positions: Tensor | None = None) -> Tensor:
+        """pixel_values: [B, 3, S, S] -> what the first layer reads: [B, grid * grid, C_l].
+
+        `positions`, [grid * grid, C_l], is what `positions_at(grid)` gave, where it was kept.
+        """
         pixels = _resize_picture(pixel_values, grid * self.patch_size).to(self.position_embedding.dtype)
-        tokens = self.patch_embedding(pixels) + _resize_positions(self.position_embedding, grid)
-        return self.pre_layernorm(tokens)
+        positions = self.positions_at(grid) if positions is None else positions
+        return self.pre_layernorm(self.patch_embedding(pixels) + positions)
+
+    def positions_at(self, grid: int) -> Tensor:
+        """The position embedding of a grid: [grid * grid, C_l]."""
+        return _resize_positions(self.position_embedding, grid)
 
 
 class MraVisionPreTrainedModel(PreTrainedModel):
@@ -99,7 +123,14 @@ class MraVisionPreTrainedModel(PreTrainedModel):
 
 
 class MraVisionModel(MraVisionPreTrainedModel):
-    """The dual-resolution tower: one square picture in, the tokens for the projector out."""
+    """The dual-resolution tower: one square picture in, the tokens for the projector out.
+
+    Attributes:
+        route: another way to compute the same, which `mra_model.optimize` sets: pixels and the side of the grid ->
+            tokens, or None where it leaves the call to the plain forward.
+    """
+
+    route: Callable[[Tensor, int], Tensor | None] | None = None
 
     def __init__(self, config: MraVisionConfig) -> None:
         super().__init__(config)
@@ -130,8 +161,8 @@ class MraVisionModel(MraVisionPreTrainedModel):
         """Looks at a picture twice (arXiv 2403.03003, section 3).
 
         Args:
-            pixel_values: [B, 3, S, S], normalised with CLIP's mean and standard deviation; S is any valid side, not
-                only `config.image_size`.
+            pixel_values: [B, 3, S, S], normalised with CLIP's mean and standard deviation, or uint8 from 0 to 255,
+                which is normalised here; S is any valid side, not only `config.image_size`.
             kwargs: what transformers passes to vision towers (`output_hidden_states`, ...); they change nothing here.
 
         Returns:
@@ -139,18 +170,35 @@ class MraVisionModel(MraVisionPreTrainedModel):
 
         Raises:
             ValueError: pixels that are not [B, 3, S, S], or an invalid side; names the nearest valid ones.
+            TypeError: pixels that are neither floating point nor uint8.
         """
         grid = self._check_pixels(pixel_values)
-        high = self.high(pixel_values.to(self.low.position_embedding.dtype))
-        tokens = self.low.embed(pixel_values, grid)
+        # Tracing wants one graph of the plain forward; torch.compile finds its own fusions.
+        tokens = None if self.route is None or torch.compiler.is_compiling() else self.route(pixel_values, grid)
+        if tokens is None:
+            tokens = self._look(self.normalize(pixel_values), grid)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=(tokens,))
+
+    def _look(self, pixels: Tensor, grid: int) -> Tensor:
+        """pixels: [B, 3, S, S], normalised -> [B, grid * grid, C_l]."""
+        high = self.high(pixels.to(self.low.position_embedding.dtype))
+        tokens = self.low.embed(pixels, grid)
         quarter = len(self.low.layers) // QUARTERS
         for index, layer in enumerate(self.low.layers, start=1):
             tokens = layer(tokens, None)
             if index % quarter == 0 and index // quarter <= len(self.adapters):
                 adapter = self.adapters[index // quarter - 1]
                 tokens = adapter(tokens.unflatten(1, (grid, grid)), high).flatten(1, 2)
-        tokens = self.merge(tokens.unflatten(1, (grid, grid)), high).flatten(1, 2)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=(tokens,))
+        return self.merge(tokens.unflatten(1, (grid, grid)), high).flatten(1, 2)
+
+    def normalize(self, pixel_values: Tensor) -> Tensor:
+        """uint8 pixels [B, 3, S, S] in float32 with CLIP's mean and standard deviation; others as they are."""
+        if pixel_values.dtype != torch.uint8:
+            return pixel_values
+        pixels = pixel_values.to(torch.promote_types(self.low.position_embedding.dtype, torch.float32)) / 255
+        # Numbers, since a tensor of them would be a copy from the host, which no CUDA graph may hold.
+        channels = zip(pixels.unbind(1), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, strict=True)
+        return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
 
     def _check_pixels(self, pixel_values: Tensor | None) -> int:
         """The side of the ViT's grid for these pixels."""
@@ -158,6 +206,10 @@ class MraVisionModel(MraVisionPreTrainedModel):
             raise ValueError("pixel_values is None; for text alone, leave the argument out")
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.high_config.num_channels:
             raise ValueError(f"pixel_values must be [B, 3, S, S], but have shape {tuple(pixel_values.shape)}")
+        if not pixel_values.is_floating_point() and pixel_values.dtype != torch.uint8:
+            raise TypeError(
+                f"pixel_values are {pixel_values.dtype}, but must be normalised floating point, or uint8 from 0 to 255"
+            )
         height, width = pixel_values.shape[2:]
         if height != width:
             valid = " or ".join(str(side) for side in self.config.nearest_sides(max(height, width)))

@@ -112,6 +112,11 @@ def vision(scale: float = 1.0) -> list[dict[str, Any]]:
         fields = {"errors": {"features": 1.1e-2}, "memory": 600 << 20, "launches": 700}
         time = times(1e6 * scale * seconds)
         found.append(_result("vision/compiled/b1", case, variant, compiled, time, {}, fields))
+    traced = {"suite": "vision", "model": "tower", "direction": "launches", "batch": 1, "dtype": "bfloat16"}
+    for variant, launches in (("eager", 681), ("fused", 546), ("optimized", 439)):
+        fields = {"launches": launches, "facts": {"counted": "traced", "operators": {"aten::addmm": launches}}}
+        case = "tower launches B=1, traced"
+        found.append({"step": "vision/launches/b1", **asdict(Result(case, variant, traced, **fields))})
     for checkpointing in (False, True):
         for variant, factor in (("eager", 1.0), ("fused", 0.84)):
             parts = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mra_model import MraVisionConfig, build_model
+from mra_model import MraVisionConfig, MraVisionModel, build_model
 from mra_model.presets import llava_config
 
 
@@ -56,3 +56,9 @@ def tiny_config() -> LlavaConfig:
 def tiny_model(tiny_config: LlavaConfig) -> LlavaForConditionalGeneration:
     """A tiny LLaVA-HR with every parameter random, in float32 and evaluation mode; a test may change it."""
     return build_model(tiny_config, seed=0)
+
+
+@pytest.fixture
+def tower(tiny_model: LlavaForConditionalGeneration) -> MraVisionModel:
+    """The vision tower of `tiny_model`."""
+    return tiny_model.model.vision_tower

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,6 +22,7 @@ from bench.report.numbers import DASH, TIMES, duration, factor, size
 from bench.report.paper import equally_optimized
 from bench.report.readme import BEGIN, END, NoMarkers
 from bench.stamp import ROOT
+from bench.step import Result
 
 OP = "depthwise_conv_norm"
 AUTO = {"facts": {"auto": "native"}}
@@ -140,6 +142,17 @@ class TestLosses:
         assert [(loss.choice, loss.kind) for loss in losses(machine(tmp_path, *samples.vision()))] == [
             ("fused", "torch.compile")
         ]
+
+    def test_an_optimized_tower_is_held_against_graphs(self, tmp_path: Path) -> None:
+        """It is one itself, and a fused tower that is none is not."""
+        labels = {"suite": "vision", "model": "tower", "direction": "forward", "batch": 1}
+        seconds = {"fused": 3.0, "optimized": 2.0, "eager, CUDA graph": 1.0}
+        results = [
+            {"step": "vision/forward/b1", **asdict(Result("forward", v, labels, {"call": samples.times(1e6 * s)}))}
+            for v, s in seconds.items()
+        ]
+        found = losses(machine(tmp_path, *results))
+        assert [(loss.choice, loss.rival) for loss in found] == [("optimized", "eager, CUDA graph")]
 
     def test_none_is_said(self, tmp_path: Path) -> None:
         machine(tmp_path, samples.kernel(OP, "eager", 10.0, **AUTO), samples.kernel(OP, "native", 9.0))
@@ -332,6 +345,8 @@ def test_a_full_page_holds_every_section(tmp_path: Path) -> None:
     assert "http:" not in html
     assert "https:" not in html
     assert "hours, an estimate" in html
+    assert "Launches, B=1, bfloat16" in html
+    assert "439 aten::addmm" in html
     # A color that the page's style does not define would be black.
     assert set(re.findall(r"var\((--\w+)\)", html)) == set(re.findall(r"(--\w+): #", html))
     assert "#0" not in "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL)).replace("#0072b2", "").replace(

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import mra_kernels
 from bench.step import Result, Run
-from bench.suites import vision
+from bench.suites import launches, vision
 from mra_kernels.ops import OPS
 from mra_kernels.testing import relative_error
+from mra_model.optimization.tower import TowerRoute
 
 CPU = torch.device("cpu")
 RUN = Run(CPU, True, Path(), lambda result: None)
@@ -32,10 +35,11 @@ def measured(function: Callable[..., None], **arguments: object) -> list[Result]
 @pytest.mark.parametrize("batch", [1, 3])
 def test_forward(batch: int) -> None:
     results = measured(vision.run_forward, batch=batch)
-    assert [result.variant for result in results] == ["eager", "fused"]
+    assert [result.variant for result in results] == ["eager", "fused", "optimized"]
     for result in results:
         assert result.failure is None
-        assert set(result.parts) == PARTS
+        # Parts are timed by hooks, with which the optimized tower would compute otherwise.
+        assert set(result.parts) == (set() if result.variant == "optimized" else PARTS)
         assert all(time > 0 for time in result.parts.values())
         assert 0 < result.errors["features"] < 0.05
         assert set(result.times) == {"call"}
@@ -58,7 +62,7 @@ def test_training(checkpointing: bool) -> None:
 
 def test_compiled() -> None:
     results = measured(vision.run_compiled, batch=1, mode="max-autotune")
-    assert [result.variant for result in results] == ["eager", "fused", "torch.compile"]
+    assert [result.variant for result in results] == ["eager", "fused", "optimized", "torch.compile"]
     assert all(result.failure is None for result in results)
     assert all(result.labels["compiled"] and result.labels["mode"] == "max-autotune" for result in results)
     assert set(results[0].parts) == PARTS
@@ -85,6 +89,53 @@ def test_checkpointing_computes_again_and_gives_equal_gradients(side: str, monke
     assert len(calls) == 2 * once
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(checkpointed, plain, strict=True))
     assert all(parameter.grad is None for parameter in tower.parameters())
+
+
+def test_only_the_optimized_variant_takes_the_route() -> None:
+    subject = vision._make(RUN, 1)
+    variants = vision._variants(subject)
+    assert subject.tower.route is None
+    tower = variants["optimized"].args[0]
+    assert tower is not subject.tower
+    variants["optimized"]()
+    report = tower.route.report
+    assert (report.ungraphed.total(), report.plain.total()) == (1, 0)
+
+
+class TestLaunches:
+    def test_counts_what_computes(self) -> None:
+        x, weight, bias = torch.randn(2, 6, 8), torch.randn(8, 8), torch.randn(8)
+
+        def call() -> None:
+            y = F.linear(x, weight, bias).transpose(0, 1)
+            torch.empty_like(y).copy_(y)
+            y.contiguous().view(-1).split(3)
+            mra_kernels.linear_gelu(x, weight, bias)
+
+        found = launches.count_launches(call)
+        assert found == {"aten::addmm": 1, "aten::copy_": 1, "aten::clone": 1, "mra::linear_gelu": 1}
+
+    def test_the_tower(self) -> None:
+        """Each route takes fewer launches than the one before, and what it fuses is gone."""
+        found: list[Result] = []
+        launches.run(Run(CPU, True, Path(), found.append))
+        assert [result.variant for result in found] == ["eager", "fused", "optimized"]
+        assert [result.failure for result in found] == [None] * 3
+        eager, fused, optimized = (result.launches for result in found)
+        assert eager > fused > optimized > 0
+        assert all(result.launches == sum(result.facts["operators"].values()) for result in found)
+        operators = [result.facts["operators"] for result in found]
+        assert [of.get("mra::depthwise_conv_norm", 0) for of in operators] == [0, 36, 36]
+        # Two projections fewer a layer, whose other two sums are in epilogues; two of the adapters' first 1x1 less.
+        assert fused - optimized >= 24 * 4 + 2
+
+    def test_a_planted_wrong_route_has_no_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(TowerRoute, "__call__", lambda route, pixels, grid: torch.zeros(1, 25, 32))
+        found: list[Result] = []
+        launches.run(Run(CPU, True, Path(), found.append))
+        assert [result.launches is None for result in found] == [False, False, True]
+        assert "wrong" in found[-1].failure
+        assert found[-1].is_fault
 
 
 def test_parts_cover_each_module_once() -> None:

@@ -7,6 +7,7 @@ import torch
 from conftest import make_tiny_config
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import mra_kernels
 from mra_model import LANGUAGE_MODEL_LORA, MraVisionModel, build_model
@@ -136,6 +137,16 @@ class TestTower:
     def test_wrong_pixels_are_refused(self, tiny_model, shape: tuple, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             features(tiny_model, torch.zeros(shape))
+
+    def test_bytes(self, tiny_model) -> None:
+        """uint8 pixels are normalised in float32, whatever the tower's dtype; other integers are no pixels."""
+        raw = torch.randint(0, 256, (2, 3, 128, 128), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+        mean, std = (torch.tensor(of).view(3, 1, 1) for of in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        pixels = (raw.float() / 255 - mean) / std
+        assert relative(features(tiny_model, raw), features(tiny_model, pixels)) < 1e-6
+        assert torch.equal(features(tiny_model.bfloat16(), raw), features(tiny_model, pixels))
+        with pytest.raises(TypeError, match="int64, but must be normalised floating point, or uint8"):
+            features(tiny_model, raw.long())
 
     def test_no_pixels_are_refused(self, tiny_model) -> None:
         with pytest.raises(ValueError, match="leave the argument out"):

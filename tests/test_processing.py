@@ -77,6 +77,18 @@ def test_pixels_are_bit_equal_to_the_authors(folder, tokenizer, photo: str, side
     assert torch.equal(pixels[0, :, ::16, ::16], expected)
 
 
+@pytest.mark.parametrize("photo", PHOTOS)
+@pytest.mark.parametrize("pad", [True, False])
+def test_bytes_become_the_same_pixels_in_the_tower(folder, tokenizer, tiny_model, photo: str, pad: bool) -> None:
+    """What the tower makes of uint8 pixels, a quarter of the bytes to copy, is what the processor would have sent."""
+    processor = build_processor(tokenizer, 384, pad=pad).image_processor
+    image = load_image(folder / PHOTOS[photo])
+    pixels = processor(image, return_tensors="pt").pixel_values
+    raw = processor(image, return_tensors="pt", do_rescale=False, do_normalize=False).pixel_values
+    assert raw.dtype == torch.uint8
+    assert torch.equal(tiny_model.model.vision_tower.normalize(raw), pixels)
+
+
 @pytest.mark.parametrize("turns", [1, 2])
 def test_prompts_and_their_tokens_equal_the_authors(processor, folder, expected_text, turns: int) -> None:
     messages = [
@@ -211,6 +223,19 @@ def test_photo_to_text(saved: Path, folder: Path) -> None:
     assert answer[: len(expected)].tolist() == expected.tolist()
     assert IMAGE not in answer
     assert isinstance(processor.decode(answer, skip_special_tokens=True), str)
+
+
+def test_photo_to_text_by_bytes(saved: Path, folder: Path) -> None:
+    """Asked for when the processor is loaded; a cast of the inputs to the model's dtype leaves bytes alone."""
+    model = AutoModelForImageTextToText.from_pretrained(saved)
+    text = "USER: <image>\nWhat is it? ASSISTANT:"
+    answers = []
+    for options in ({}, {"do_rescale": False, "do_normalize": False}):
+        processor = AutoProcessor.from_pretrained(saved, **options)
+        inputs = processor(text=text, images=load_image(folder / "chelsea.png"), return_tensors="pt").to(torch.float32)
+        assert inputs["pixel_values"].dtype == (torch.uint8 if options else torch.float32)
+        answers.append(model.generate(**inputs, do_sample=False, max_new_tokens=6))
+    assert torch.equal(*answers)
 
 
 def test_pipeline(saved: Path, folder: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.report.data import COMPILED, EAGER, FUSED, Machine, Ratio, Subject, Time, is_compiled, is_library
+from bench.report.data import COMPILED, EAGER, FUSED, OPTIMIZED, Machine, Ratio, Subject, Time, is_compiled, is_library
 
 REFERENCE = "reference"
 
@@ -114,7 +114,7 @@ def losses(machine: Machine) -> list[Loss]:
     for suite in ("vision", "e2e", "train"):
         for subject in machine.subjects(suite):
             for variant in subject.variants():
-                if variant.startswith(FUSED):
+                if variant.startswith((FUSED, OPTIMIZED)):
                     found += _losses(subject, variant, _fair_rivals(variant))
     return sorted(found, key=lambda loss: loss.gain.value)
 
@@ -172,10 +172,14 @@ def _losses(subject: Subject, choice: str, rivals: dict[str, Callable[[str], boo
 
 
 def _fair_rivals(variant: str) -> dict[str, Callable[[str], bool]]:
-    """A CUDA graph takes the launch gaps away, so one is held against what has none only if ours is one too."""
+    """A CUDA graph takes the launch gaps away, so one is held against what has none only if ours is one too.
+
+    The optimized tower is one wherever there are graphs.
+    """
     graph = "CUDA graph"
+    has_graph = graph in variant or variant == OPTIMIZED
 
     def fair(matches: Callable[[str], bool]) -> Callable[[str], bool]:
-        return lambda rival: matches(rival) and (graph not in rival or graph in variant)
+        return lambda rival: matches(rival) and (graph not in rival or has_graph)
 
     return {kind: fair(matches) for kind, matches in RIVALS.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.record import load
 
-EAGER, COMPILED, LIBRARY, FUSED = "eager", "torch.compile", "library", "fused"
+EAGER, COMPILED, LIBRARY, FUSED, OPTIMIZED = "eager", "torch.compile", "library", "fused", "optimized"
 
 # Labels that tell a case beside torch.compile from the same case beside the library's routes.
 _APART = ("compiled", "mode")

@@ -6,6 +6,9 @@ from bench.report.cells import gained, optional, timed
 from bench.report.data import Machine, Subject
 from bench.report.numbers import error, size
 
+# Of a variant's launches, in the table.
+MOST_OPERATORS = 4
+
 
 def section(machine: Machine, key: str) -> Section:
     """The section of a machine's vision tower."""
@@ -22,7 +25,8 @@ def section(machine: Machine, key: str) -> Section:
             note = "Parts were timed apart, by hooks; behind each bar the whole, timed without them."
             blocks.append(Chart(charts.stacks(bars, label), f"{title}: time by part", note))
         blocks.append(_table(found, title))
-    return Section(key, "Vision tower", blocks)
+    traced = [subject for subject in subjects if subject.labels.get("direction") == "launches"]
+    return Section(key, "Vision tower", [*blocks, *map(_launches, traced)])
 
 
 def describe(subject: Subject) -> str:
@@ -30,6 +34,21 @@ def describe(subject: Subject) -> str:
     of = subject.labels
     found = [f"{mark}{of[name]}" for mark, name in (("B=", "batch"), ("", "side"), ("", "dtype")) if name in of]
     return ", ".join(found + (["checkpointing"] if of.get("checkpointing") else [])) or subject.name
+
+
+def _launches(subject: Subject) -> Table:
+    """Launches by variant, with the most frequent operators."""
+    lines, counted = [], ""
+    for variant in subject.variants():
+        result = subject.result(variant)
+        assert result is not None, f"{variant} is one of the subject's variants"
+        counted = str(result["facts"].get("counted", ""))
+        operators = list(result["facts"].get("operators", {}).items())[:MOST_OPERATORS]
+        most = ", ".join(f"{count} {name}" for name, count in operators)
+        count = Cell("none", result["failure"], "bad") if result["failure"] else Cell(str(result["launches"]))
+        lines.append([Cell(variant), count, Cell(most, look="quiet"), Cell(error(result["errors"]))])
+    columns = [*names("variant"), *numbers("launches"), *names("most frequent"), *numbers("error")]
+    return Table(columns, [lines], f"Launches, {describe(subject)}", f"Not measured but {counted}.")
 
 
 def _bars(subject: Subject) -> list[charts.Stack]:

@@ -1,4 +1,4 @@
-"""The vision tower at 1024 x 1024 in bfloat16: eager, torch.compile and fused, forward and training step."""
+"""The vision tower at 1024 x 1024 in bfloat16: eager, torch.compile, fused and optimized, forward and training step."""
 
 import copy
 import time
@@ -18,13 +18,13 @@ from bench.step import Run
 from bench.timing import Call, replayed
 from mra_kernels import use_backend
 from mra_kernels.testing import GRADIENT_FACTOR, VALUE_FACTOR
-from mra_model import MraVisionConfig
+from mra_model import MraVisionConfig, optimize
 from mra_model.compare.measure import TOWER, parts_of
 from mra_model.environment import dtype_name
 from mra_model.presets import build_model, llava_config, preset_config
 from mra_model.timing import synchronize, timed_parts
 
-EAGER, FUSED = "eager", "fused"
+EAGER, FUSED, OPTIMIZED = "eager", "fused", "optimized"
 BACKENDS = {EAGER: "reference", FUSED: "auto"}
 
 # Gradients that a training step is checked by: the first parameters of both pathways, and one at the end.
@@ -52,17 +52,18 @@ class Subject:
 
 
 def run_forward(run: Run, *, batch: int) -> None:
-    """Eager against fused, call by call and as CUDA graphs, which take the launch gaps away from both."""
+    """Eager against fused, call by call and as CUDA graphs, and the optimized tower, which on a GPU is a graph."""
     subject = _make(run, batch)
-    variants: dict[str, Call] = {name: partial(_forward, subject.tower, subject.pixels, name) for name in BACKENDS}
+    variants = _variants(subject)
     if run.device.type == "cuda":
         variants["eager, cudnn.benchmark"] = partial(_forward, subject.tower, subject.pixels, EAGER, benchmark=True)
-        variants |= {f"{name}, CUDA graph": replayed(call) for name, call in list(variants.items())}
+        plain = {name: call for name, call in variants.items() if name != OPTIMIZED}
+        variants |= {f"{name}, CUDA graph": replayed(call) for name, call in plain.items()}
     _measure_forward(run, subject, variants, "", {})
 
 
 def run_compiled(run: Run, *, batch: int, mode: str | None) -> None:
-    """torch.compile of the eager tower, beside eager and fused again so that all took turns.
+    """torch.compile of the eager tower, beside the others again so that all took turns.
 
     Args:
         run: of the step.
@@ -73,7 +74,7 @@ def run_compiled(run: Run, *, batch: int, mode: str | None) -> None:
     # A rehearsal has no compiler to rely on; the tracing is the same.
     options: dict[str, Any] = {"backend": "eager"} if run.rehearsal else {"mode": mode}
     compiled = cast(nn.Module, torch.compile(subject.tower, dynamic=False, **options))
-    variants: dict[str, Call] = {name: partial(_forward, subject.tower, subject.pixels, name) for name in BACKENDS}
+    variants = _variants(subject)
     variants["torch.compile"] = partial(_forward, compiled, subject.pixels, EAGER)
     mode = mode or "default"
     _measure_forward(run, subject, variants, f", torch.compile mode {mode}", {"compiled": True, "mode": mode})
@@ -142,6 +143,14 @@ def _parts(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
 def _name(subject: Subject) -> str:
     batch, _, side, _ = subject.pixels.shape
     return f"{subject.name} {side}x{side} B={batch}"
+
+
+def _variants(subject: Subject) -> dict[str, Call]:
+    """The forward by variant. The optimized tower is a copy with the same weights."""
+    optimized = copy.deepcopy(subject.tower)
+    optimize(optimized)
+    variants: dict[str, Call] = {name: partial(_forward, subject.tower, subject.pixels, name) for name in BACKENDS}
+    return variants | {OPTIMIZED: partial(_forward, optimized, subject.pixels, FUSED)}
 
 
 def _labels(subject: Subject, direction: str) -> dict[str, str | int | bool]:

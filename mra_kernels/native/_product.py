@@ -21,6 +21,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") ->
     return F.gelu(y) if activation == "gelu" else y
 
 
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    """x: [..., K], weight: [N, K], bias: [N], other: [..., N] -> other + x W^T + b: [..., N], contiguous.
+
+    By oneDNN the sum is in the product's epilogue, rounded once.
+    """
+    if _has_onednn(x.dtype) and x.numel() > 0:
+        x, other, weight, bias = x.contiguous(), other.contiguous(), weight.contiguous(), bias.contiguous()
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add")
+    return F.linear(x, weight, bias).add_(other).contiguous()
+
+
 def _has_onednn(dtype: torch.dtype) -> bool:
     """Whether PyTorch was built with oneDNN, it is enabled, and the processor has what the dtype needs."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):

@@ -1,4 +1,7 @@
-"""Native `linear_scale_residual`: the library's product, then scale and sum in its memory (C++ on a CPU)."""
+"""Native `linear_scale_residual`: the library's product, then scale and sum in its memory (C++ on a CPU).
+
+Without a scale the library's own epilogue sums.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from mra_kernels.dispatch import Backend
 from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported
-from mra_kernels.native._product import linear
+from mra_kernels.native._product import linear, linear_add
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -22,15 +25,15 @@ def forward(
 
     The product is empty unless `keep` wants it for the scale's gradient.
     """
+    if scale is None:
+        return linear_add(x, weight, bias, residual), x.new_empty(0)
     product = linear(x, weight, bias)
-    residual = residual.contiguous()
-    scale = None if scale is None else scale.contiguous()
-    kept = keep and scale is not None
-    y = torch.empty_like(product) if kept else product
+    residual, scale = residual.contiguous(), scale.contiguous()
+    y = torch.empty_like(product) if keep else product
     extension.linear_scale_residual_forward(
         *map(pointer, (product, scale, residual, y)), *_sizes(y), DTYPE_CODES[y.dtype], torch.get_num_threads()
     )
-    return y, product if kept else x.new_empty(0)
+    return y, product if keep else x.new_empty(0)
 
 
 def backward(
