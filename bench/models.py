@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from mra_model.decoding import fast_decode
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from bench.step import Run
 from mra_model import MraVisionConfig
 from mra_model.configuration_mra import clip_large
+from mra_model.decoding import fast_decode
 from mra_model.environment import default_dtype, dtype_name
 from mra_model.presets import build_model, llava_config, preset_config
 

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import mra_kernels
 from bench.models import LLAVA_15, LLAVA_HR, TINY, Subject, make_inputs, make_labels, tiny_side
 from bench.stamp import ROOT
 from bench.step import Result, Run
 from bench.suites import e2e, profile, train
 from mra_kernels.dispatch import Backend
 from mra_kernels.ops import OPS
+from mra_model.compare import measure
+from mra_model.compare.measure import Way
 from mra_model.memory import NotEnoughMemory
 
 CPU = torch.device("cpu")
@@ -136,7 +139,9 @@ class TestInputs:
 
 
 class TestAnswers:
-    @pytest.mark.parametrize(("family", "variants"), [(LLAVA_HR, ["eager", "fused"]), (LLAVA_15, ["eager"])])
+    @pytest.mark.parametrize(
+        ("family", "variants"), [(LLAVA_HR, ["eager", "fused", "optimized"]), (LLAVA_15, ["eager", "optimized"])]
+    )
     def test_a_row_of_the_table(self, rehearsal: Run, found: list[Result], family: str, variants: list[str]) -> None:
         side = SIDES[family][0]
         e2e.run(rehearsal, family=family, language="7B", side=side)
@@ -149,8 +154,8 @@ class TestAnswers:
             assert list(result.times) == ["first token", "10 tokens", "64 tokens"]
             first, ten, all_of_them = (times.median for times in result.times.values())
             assert 0 < first < ten < all_of_them
-            assert list(result.parts) == ["tower", "projector", "language model"]
-            assert sum(result.parts.values()) < first
+            assert list(result.parts) == ["tower", "projector", "language model", measure.REST]
+            assert sum(result.parts.values()) == pytest.approx(first)
             facts = result.facts
             assert facts["visual tokens"] == 16
             assert facts["prompt tokens"] == 16 + 64
@@ -164,10 +169,11 @@ class TestAnswers:
         inputs = make_inputs(model.config, CPU)
         model.generation_config.eos_token_id = None
         expected = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, -12:].tolist()
-        answer = e2e.answer(model, inputs, "reference", 12)
+        with mra_kernels.use_backend("reference"):
+            answer = e2e.answer(model, inputs, 12, {})
         assert answer.tokens == expected
         assert answer.reached == sorted(answer.reached)
-        assert answer.parts == {}
+        assert answer.parts == {measure.REST: answer.reached[0]}
 
     @pytest.mark.parametrize("factor", [1.5, math.nan])
     def test_a_wrong_kernel_has_no_times(
@@ -188,7 +194,9 @@ class TestAnswers:
         inputs = make_inputs(model.config, CPU)
         calls = iter([1.0, 1.1])
         model.lm_head.register_forward_hook(lambda module, args, output: output * next(calls))
-        facts, failures = e2e.check(model, inputs, {"eager": "reference", "again": "reference"}, torch.float32)
+        facts, failures = e2e.check(
+            model, inputs, {"eager": Way("reference"), "again": Way("reference")}, torch.float32
+        )
         assert facts["again"]["features differ by"] == 0
         assert failures["again"].startswith("wrong: logits differ by 1.00e-01")
 
@@ -196,14 +204,14 @@ class TestAnswers:
         model = Subject(LLAVA_HR, TINY, 128, torch.float32).build(CPU)
         calls = iter([math.nan, 1.0])
         model.lm_head.register_forward_hook(lambda module, args, output: output * next(calls))
-        variants = {"eager": "reference", "fused": "auto"}
+        variants = {"eager": Way("reference"), "fused": Way("auto")}
         failures = e2e.check(model, make_inputs(model.config, CPU), variants, torch.float32)[1]
         assert "not finite" in failures["eager"]
         assert failures["fused"].startswith("not checked")
 
     def test_peak_of_a_process_of_its_own(self) -> None:
         subject = Subject(LLAVA_15, TINY, 56, BF16)
-        peak = e2e.peak_in_new_process(subject, "reference")
+        peak = e2e.peak_in_new_process(subject, Way("reference"))
         weights = sum(parameter.nbytes for parameter in subject.build("meta").parameters())
         assert weights < peak < 2**30
 
@@ -393,6 +401,6 @@ def test_a_model_that_does_not_fit_is_a_result(
         train.run(rehearsal, stage=2, checkpointing=True)
     else:
         profile.run(rehearsal, what="generate")
-    assert [result.variant for result in found] == ["eager", "fused"]
+    assert [result.variant for result in found] == ["eager", "fused", "optimized"][: 3 if suite == "e2e" else 2]
     assert {result.failure for result in found} == {"NotEnoughMemory: planted"}
     assert not any(result.times or result.kernels for result in found)

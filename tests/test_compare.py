@@ -1,6 +1,7 @@
 """`mra compare`: that it measures what it says, and that a wrong fused kernel cannot pass."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,9 @@ from mra_model.compare import (
     result,
     subject,
 )
+from mra_model.compare.measure import Way
 from mra_model.compare.peak import Peak, measure_peak
+from mra_model.optimization import layers
 
 UNMEASURED = Peak(None, None, "not in this test")
 
@@ -51,11 +54,16 @@ def options(model_dir: Path) -> Options:
 @pytest.fixture
 def no_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the two processes that measure memory out: each imports everything again."""
-    monkeypatch.setattr(comparing, "measure_peak", lambda options, backend: UNMEASURED)
+    monkeypatch.setattr(comparing, "measure_peak", lambda options, way: UNMEASURED)
 
 
 def compared(options: Options, runs: int | None = 1, stage: Callable[[str], None] = lambda name: None) -> Comparison:
     return comparing.compare(options, prepare(options), runs, stage)
+
+
+def an_answer(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], count: int) -> measure.Run:
+    with mra_kernels.use_backend("reference"):
+        return measure.answer(model, inputs, count, measure.parts_of(model))
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, op: str, factor: float) -> None:
@@ -173,6 +181,36 @@ def test_sides_take_turns_on_the_same_pixels_and_parameters(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("no_peaks")
+def test_optimized_runs_leave_the_model_as_it_was(options: Options) -> None:
+    optimized = replace(options, optimize=True)
+    built = prepare(optimized)
+    model = built.build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    served: list[bool] = []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, _: served.append(module.route is not None and not is_reference())
+    )
+    found = comparing.compare(optimized, replace(built, build=lambda: model), 1, lambda name: None)
+    assert served == [False, True, False, True]
+    assert not found.agreement.failures
+    assert found.agreement.first_difference is None
+    assert any(line.startswith("ViT: 4 of 4 layers") for line in found.optimized or [])
+    assert any(line.startswith("decoding: left alone") for line in found.optimized or [])
+    assert result.verdict(found).startswith("OK: optimized agrees with eager")
+    assert "ViT" not in result.same_code(found)
+    assert model.model.vision_tower.route is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert result.to_json(found)["optimized"] == found.optimized
+
+
+@pytest.mark.usefixtures("no_peaks")
+def test_a_wrong_optimization_fails(monkeypatch: pytest.MonkeyPatch, options: Options) -> None:
+    monkeypatch.setattr(layers, "SHARPNESS", 1.5)
+    found = compared(replace(options, optimize=True))
+    assert "vision features differ" in found.agreement.failures[0]
+
+
+@pytest.mark.usefixtures("no_peaks")
 def test_runs_stop_when_time_is_short_unless_asked_for(monkeypatch: pytest.MonkeyPatch, options: Options) -> None:
     monkeypatch.setattr(comparing, "BUDGET_SECONDS", 0.0)
     short = compared(options, runs=None)
@@ -193,7 +231,7 @@ def test_a_busy_processor_is_noted(monkeypatch: pytest.MonkeyPatch, options: Opt
 def test_the_answer_is_what_generate_gives(options: Options) -> None:
     prepared = prepare(options)
     model = prepared.build()
-    run = measure.answer(model, prepared.inputs, "reference", 12, prepared.device)
+    run = an_answer(model, prepared.inputs, 12)
     never = model.generation_config.suppress_tokens
     assert never == [model.config.image_token_index]
     settings = GenerationConfig(max_new_tokens=12, do_sample=False, suppress_tokens=never, pad_token_id=0)
@@ -214,7 +252,7 @@ def test_the_image_token_is_never_answered(options: Options) -> None:
         hidden = model.model(**prepared.inputs).last_hidden_state[0, -1]
         model.lm_head.weight[image] = 100 * hidden
         assert int(model(**prepared.inputs).logits[0, -1].argmax()) == image
-    run = measure.answer(model, prepared.inputs, "reference", 3, prepared.device)
+    run = an_answer(model, prepared.inputs, 3)
     assert image not in run.tokens
 
 
@@ -233,10 +271,19 @@ def test_parts_of_a_model_without_adapters() -> None:
     assert "adapters" not in measure.parts_of(build_model(make_tiny_config(adapters=False)))
 
 
+def test_the_clock_counts_no_pause() -> None:
+    clock = measure._Clock(lambda: time.sleep(0.2))
+    for token in range(4):
+        clock.put(torch.tensor([token]))
+    assert len(clock.moments) == 3
+    assert clock.moments == sorted(clock.moments)
+    assert clock.moments[-1] - clock.moments[0] < 0.1
+
+
 def test_parts_add_up_and_leave_no_hooks(options: Options) -> None:
     prepared = prepare(options)
     model = prepared.build()
-    run = measure.answer(model, prepared.inputs, "auto", 2, prepared.device)
+    run = measure.answer(model, prepared.inputs, 2, measure.parts_of(model))
     assert all(seconds > 0 for seconds in run.parts.values())
     inside = ("stem", "stage 1", "stage 2", "stage 3", "stage 4", "ViT", "adapters", "merge")
     assert sum(run.parts[name] for name in inside) <= run.parts[measure.TOWER] <= run.first_token
@@ -248,7 +295,7 @@ def test_parts_add_up_and_leave_no_hooks(options: Options) -> None:
 def test_outputs_are_the_towers_features_and_every_logit(options: Options) -> None:
     prepared = prepare(options)
     model = prepared.build()
-    found = measure.outputs(model, prepared.inputs, "reference")
+    found = measure.outputs(model, prepared.inputs, Way("reference"))
     with torch.no_grad(), mra_kernels.use_backend("reference"):
         features = model.model.vision_tower(prepared.inputs["pixel_values"]).last_hidden_state
         logits = model(**prepared.inputs).logits
@@ -257,7 +304,7 @@ def test_outputs_are_the_towers_features_and_every_logit(options: Options) -> No
 
 
 def test_peak_memory_of_a_failing_process_is_a_result(options: Options, tmp_path: Path) -> None:
-    peak = measure_peak(replace(options, model=str(tmp_path / "gone")), "reference")
+    peak = measure_peak(replace(options, model=str(tmp_path / "gone")), Way("reference"))
     assert peak.peak is None
     assert "gone" in str(peak.problem)
 
@@ -282,7 +329,7 @@ def test_spread() -> None:
 
 
 def a_run(tokens: list[int], margins: list[float]) -> measure.Run:
-    return measure.Run(1.0, 1.0, {}, tokens, margins)
+    return measure.Run([1.0 + step for step in range(len(tokens))], {}, tokens, margins)
 
 
 def judged(eager: measure.Run, fused: measure.Run, dtype: torch.dtype, factor: float = 1.0) -> agreement.Agreement:
@@ -330,7 +377,7 @@ def test_relative_difference() -> None:
 def test_slower_parts_are_named(options: Options) -> None:
     found = compared(options)
     slow = {name: 2 * seconds for name, seconds in found.runs[EAGER][0].parts.items()}
-    fused = replace(found.runs[EAGER][0], parts=slow, first_token=0.5 * found.runs[EAGER][0].first_token)
+    fused = replace(found.runs[EAGER][0], parts=slow, reached=[0.5 * moment for moment in found.runs[EAGER][0].reached])
     line = result.verdict(replace(found, runs={EAGER: found.runs[EAGER], FUSED: [fused]}))
     assert "is 2.00x as fast to the first token" in line
     assert "adapters 0.50x" in line

@@ -18,9 +18,10 @@ from torch.profiler import ProfilerActivity
 from bench.compare import MOST_KERNELS
 from bench.models import LLAVA_HR, Subject, choose, make_inputs
 from bench.step import Result, Run
-from bench.suites import e2e, train
+from bench.suites import train
 from bench.timing import synchronize
 from mra_kernels import use_backend
+from mra_model.compare.measure import answer
 from mra_model.memory import NotEnoughMemory
 
 VARIANTS = {"eager": "reference", "fused": "auto"}
@@ -117,7 +118,12 @@ def _vision(subject: Subject, device: torch.device) -> Work:
 def _generate(subject: Subject, device: torch.device) -> Work:
     model = subject.build(device)
     inputs = make_inputs(model.config, device)
-    return lambda backend: e2e.answer(model, inputs, backend, TOKENS)
+
+    def work(backend: str) -> None:
+        with use_backend(backend):
+            answer(model, inputs, TOKENS, {})
+
+    return work
 
 
 def _train(subject: Subject, device: torch.device) -> Work:
