@@ -72,7 +72,9 @@ def _cells(result: dict[str, Any], baseline: dict[str, Any]) -> tuple[str, str, 
     if result["failure"]:
         return f"no times: {result['failure']}", "", "", _errors(result)
     if not result["times"]:
-        return ", ".join(f"{name}: {value}" for name, value in result["facts"].items()), "", "", ""
+        launches = [f"{result['launches']} launches"] if result["launches"] else []
+        facts = [f"{name}: {value}" for name, value in result["facts"].items()]
+        return ", ".join(launches + facts), "", "", _errors(result)
     times = ", ".join(
         f"{name} {duration(of['median'])} ({duration(of['p20'])} - {duration(of['p80'])})"
         for name, of in result["times"].items()

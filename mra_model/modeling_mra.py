@@ -161,8 +161,8 @@ class MraVisionModel(MraVisionPreTrainedModel):
         """Looks at a picture twice (arXiv 2403.03003, section 3).
 
         Args:
-            pixel_values: [B, 3, S, S], normalised with CLIP's mean and standard deviation, or uint8 from 0 to 255,
-                which is normalised here; S is any valid side, not only `config.image_size`.
+            pixel_values: [B, 3, S, S], normalized with CLIP's mean and standard deviation, or uint8 from 0 to 255,
+                which is normalized here; S is any valid side, not only `config.image_size`.
             kwargs: what transformers passes to vision towers (`output_hidden_states`, ...); they change nothing here.
 
         Returns:
@@ -180,7 +180,7 @@ class MraVisionModel(MraVisionPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=(tokens,))
 
     def _look(self, pixels: Tensor, grid: int) -> Tensor:
-        """pixels: [B, 3, S, S], normalised -> [B, grid * grid, C_l]."""
+        """pixels: [B, 3, S, S], normalized -> [B, grid * grid, C_l]."""
         high = self.high(pixels.to(self.low.position_embedding.dtype))
         tokens = self.low.embed(pixels, grid)
         quarter = len(self.low.layers) // QUARTERS
@@ -208,7 +208,7 @@ class MraVisionModel(MraVisionPreTrainedModel):
             raise ValueError(f"pixel_values must be [B, 3, S, S], but have shape {tuple(pixel_values.shape)}")
         if not pixel_values.is_floating_point() and pixel_values.dtype != torch.uint8:
             raise TypeError(
-                f"pixel_values are {pixel_values.dtype}, but must be normalised floating point, or uint8 from 0 to 255"
+                f"pixel_values are {pixel_values.dtype}, but must be normalized floating point, or uint8 from 0 to 255"
             )
         height, width = pixel_values.shape[2:]
         if height != width:

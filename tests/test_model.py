@@ -139,13 +139,13 @@ class TestTower:
             features(tiny_model, torch.zeros(shape))
 
     def test_bytes(self, tiny_model) -> None:
-        """uint8 pixels are normalised in float32, whatever the tower's dtype; other integers are no pixels."""
+        """uint8 pixels are normalized in float32, whatever the tower's dtype; other integers are no pixels."""
         raw = torch.randint(0, 256, (2, 3, 128, 128), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
         mean, std = (torch.tensor(of).view(3, 1, 1) for of in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
         pixels = (raw.float() / 255 - mean) / std
         assert relative(features(tiny_model, raw), features(tiny_model, pixels)) < 1e-6
         assert torch.equal(features(tiny_model.bfloat16(), raw), features(tiny_model, pixels))
-        with pytest.raises(TypeError, match="int64, but must be normalised floating point, or uint8"):
+        with pytest.raises(TypeError, match="int64, but must be normalized floating point, or uint8"):
             features(tiny_model, raw.long())
 
     def test_no_pixels_are_refused(self, tiny_model) -> None:

@@ -48,7 +48,7 @@ def _launches(subject: Subject) -> Table:
         count = Cell("none", result["failure"], "bad") if result["failure"] else Cell(str(result["launches"]))
         lines.append([Cell(variant), count, Cell(most, look="quiet"), Cell(error(result["errors"]))])
     columns = [*names("variant"), *numbers("launches"), *names("most frequent"), *numbers("error")]
-    return Table(columns, [lines], f"Launches, {describe(subject)}", f"Not measured but {counted}.")
+    return Table(columns, [lines], f"Launches, {describe(subject)}", f"Counted {counted}; not measured on a GPU.")
 
 
 def _bars(subject: Subject) -> list[charts.Stack]:

@@ -30,7 +30,7 @@ NARROW_SIDE, NARROW_STORED = 160, 56
 # Operators that give out memory, or look at it otherwise, without a word of that in their schema.
 _NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh")
 
-COUNTED = "traced: ATen operators that compute, an op of mra_kernels as one"
+COUNTED = "by tracing: ATen operators that compute, an op of mra_kernels as one"
 
 
 class LaunchCounter(TorchDispatchMode):

@@ -218,11 +218,9 @@ class TowerRoute:
         if key not in self._constants:
             while len(self._constants) >= KEPT_SIDES:
                 del self._constants[next(iter(self._constants))]
-            # Tensors of inference mode would serve inference mode only.
-            with torch.inference_mode(False), torch.no_grad():
-                positions = self.tower.low.positions_at(grid)
-                wide = positions.new_empty(0, dtype=torch.promote_types(positions.dtype, torch.float32))
-                weights = resample_mean_weights((high_side, high_side), (grid, grid), wide)
+            positions = self.tower.low.positions_at(grid)
+            wide = positions.new_empty(0, dtype=torch.promote_types(positions.dtype, torch.float32))
+            weights = resample_mean_weights((high_side, high_side), (grid, grid), wide)
             if positions.is_cuda:
                 # Calls on other streams read them, too.
                 torch.cuda.current_stream(positions.device).synchronize()
