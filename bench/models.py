@@ -168,11 +168,12 @@ def optimize_llava_15(model: LlavaForConditionalGeneration) -> Callable[[], None
     """What `optimize_all` is for LLaVA-HR, by PyTorch's own means: decoding, and on a GPU the tower in CUDA graphs."""
     decoding, tower = fast_decode(model), model.model.vision_tower
     if model.device.type == "cuda":
-        tower.compile(mode="reduce-overhead")
+        # Not the module, whose hooks would be traced.
+        tower.forward = torch.compile(tower.forward, mode="reduce-overhead")
 
     def undo() -> None:
         decoding.undo()
-        tower._compiled_call_impl = None
+        vars(tower).pop("forward", None)
 
     return undo
 
