@@ -204,6 +204,26 @@ def test_optimized_runs_leave_the_model_as_it_was(options: Options) -> None:
 
 
 @pytest.mark.usefixtures("no_peaks")
+def test_the_command_says_what_was_optimized(model_dir: Path) -> None:
+    arguments = [
+        "compare",
+        "--model",
+        str(model_dir),
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--runs",
+        "1",
+        "--optimize",
+    ]
+    ended = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"})
+    assert ended.exit_code == 0, ended.output
+    assert "optimized: ViT: 4 of 4 layers" in ended.stdout
+    assert ended.stdout.strip().splitlines()[-1].startswith("OK: optimized agrees with eager and is")
+
+
+@pytest.mark.usefixtures("no_peaks")
 def test_a_wrong_optimization_fails(monkeypatch: pytest.MonkeyPatch, options: Options) -> None:
     monkeypatch.setattr(layers, "SHARPNESS", 1.5)
     found = compared(replace(options, optimize=True))
