@@ -150,6 +150,17 @@ def test_inference_mode_and_back() -> None:
     tower(photos(1)).last_hidden_state.sum().backward()
 
 
+def test_device_that_is_not_current() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device")
+    tower, pixels = make_tower().to("cuda:1"), photos(1).to("cuda:1")
+    with torch.cuda.device(0):
+        report = optimize(tower)
+        found = look(tower, pixels)
+    assert_plain(tower, pixels, found)
+    assert len(report.graphs) == 1
+
+
 def test_train_and_undo_free_graphs() -> None:
     tower, pixels = make_tower(torch.bfloat16), photos(4, 256)
     report = optimize(tower)

@@ -1,7 +1,8 @@
 """Graphs without a GPU, where they are pretended: the cache alone, and the tower's keys, bound and invalidation."""
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from test_optimize import look, pictures, plainly
 from torch import Tensor, nn
 
 import mra_kernels
+from mra_kernels.modules import Merge
 from mra_kernels.testing import relative_error
 from mra_model import MraVisionModel, build_model, optimize
+from mra_model.modeling_mra import MraAdapterLayer, MraConvNeXt, MraEncoderLayer
 from mra_model.optimization import tower as route_module
 from mra_model.optimization.graphs import Call, GraphCache
 
@@ -210,3 +213,65 @@ class TestTower:
         look(tower, pictures(1))
         assert (calls, capture.count) == ([1], 0)
         assert "high.stem has hooks" in next(iter(report.ungraphed))
+
+
+class FakeStream:
+    """Writes down who waits for whom."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self.log = log
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_two_streams(adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ConvNeXt starts once the pixels are there, and whatever reads its map on the main stream waits for it."""
+    log: list[str] = []
+    current = [FakeStream("main", log)]
+
+    @contextmanager
+    def on(stream: FakeStream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    def logged(name: str, forward: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            log.append(f"{name} on {current[-1].name}")
+            return forward(*args, **kwargs)
+
+        return call
+
+    capture = type("Capture", (PretendedCapture,), {"side": FakeStream("side", log)})
+    monkeypatch.setattr(route_module, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(route_module, "CudaCapture", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    tower = build_model(make_tiny_config(adapters=adapters)).model.vision_tower
+    capture.tower = tower
+    optimize(tower)
+    names = {MraConvNeXt: "ConvNeXt", MraEncoderLayer: "layer", MraAdapterLayer: "adapter", Merge: "merge"}
+    with monkeypatch.context() as patch:
+        for module, name in names.items():
+            patch.setattr(module, "forward", logged(name, module.forward))
+        found = look(tower, pictures(1))
+    once = log[: len(log) // 2]
+    layers = ["layer on main", "adapter on main"] if adapters else ["layer on main"]
+    assert (
+        once
+        == log[len(log) // 2 :]
+        == [
+            "side waits for main",
+            "ConvNeXt on side",
+            "layer on main",
+            "main waits for side",
+            *layers[1:],
+            *layers * 2,
+            "layer on main",
+            "merge on main",
+        ]
+    )
+    assert relative_error(found, plainly(tower, pictures(1))) < 1e-5

@@ -20,7 +20,8 @@ def optimize(model: nn.Module, *, max_graphs: int = 4) -> Optimization:
     layer move into one matrix, as do the first 1x1 convolutions of the adapters, which takes no more memory. In-place
     changes of weights, such as `load_state_dict`, take effect at once; `.to()`, a replaced parameter or module, and
     hooks are noticed at the next call. Only the position embedding must not be written to through `.data`, where
-    PyTorch counts no changes. A copy of the model, by `deepcopy` or pickle, is a plain one.
+    PyTorch counts no changes. A copy of the model, by `deepcopy` or pickle, is a plain one. One that is
+    dropped frees its memory at Python's next garbage collection.
 
     On a GPU a CUDA graph is captured at the first call of each batch, side and pixel dtype, after warm-up; results are
     copies that no later call changes. PyTorch's global settings, such as TF32, are those at capture.

@@ -20,11 +20,11 @@ class Packed:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        # A tensor of inference mode could not be trained afterwards.
-        with torch.inference_mode(False), torch.no_grad():
+        # A tensor of inference mode could not be trained afterwards; DLPack exports from the current device only.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(parameters[0]):
             self.whole = torch.cat([parameter.detach() for parameter in parameters])
             for parameter, rows in zip(parameters, self._rows(), strict=True):
-                # DLPack gives the rows a storage of their own: safetensors refuses views of one that they share, and
+                # By DLPack the rows have storages of their own: safetensors refuses views of one that they share, and
                 # torch.save would write all of it for each.
                 parameter.data = torch.from_dlpack(rows)
 
