@@ -20,8 +20,8 @@ void forward(const LinearScaleResidualForward& a) {
     const T* residual = static_cast<const T*>(a.residual) + row * a.channels;
     T* y = static_cast<T*>(a.y) + row * a.channels;
     for_each_vector(a.channels, [&](int64_t c, int64_t lanes) {
-      const Floats factor = scale == nullptr ? broadcast(1.0f) : load_first(scale + c, lanes);
-      store_first(y + c, load_first(residual + c, lanes) + factor * load_first(product + c, lanes), lanes);
+      const Floats scaled = load_first(scale + c, lanes) * load_first(product + c, lanes);
+      store_first(y + c, load_first(residual + c, lanes) + scaled, lanes);
     });
   }
 }
@@ -39,7 +39,7 @@ void backward(const LinearScaleResidualBackward& a) {
       const int64_t offset = row * a.channels;
       for_each_vector(a.channels, [&](int64_t c, int64_t lanes) {
         const Floats g = load_first(static_cast<const T*>(a.grad_y) + offset + c, lanes);
-        const Floats scaled = scale == nullptr ? g : g * load_first(scale + c, lanes);
+        const Floats scaled = g * load_first(scale + c, lanes);
         store_first(static_cast<T*>(a.grad_product) + offset + c, scaled, lanes);
         store(bias_sums + c, load(bias_sums + c) + scaled);
         if (a.product == nullptr) return;

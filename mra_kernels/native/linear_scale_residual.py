@@ -1,6 +1,6 @@
 """Native `linear_scale_residual`: the library's product, then scale and sum in its memory (C++ on a CPU).
 
-Without a scale the library's own epilogue sums.
+Without a scale the library does it all, with the sum in its product's epilogue.
 """
 
 from collections.abc import Sequence
@@ -46,19 +46,23 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight, bias and scale; empty where `needs` says no. A product not kept is computed again."""
-    if needs[3] and product.numel() == 0:
-        product = linear(x, weight, bias)
-    grad_y, scale = grad_y.contiguous(), None if scale is None else scale.contiguous()
     empty = x.new_empty(0)
-    scaled = torch.empty_like(grad_y)
-    grad_bias = torch.empty_like(bias) if needs[2] else empty
-    grad_scale = torch.empty_like(bias) if needs[3] else empty
-    extension.linear_scale_residual_backward(
-        *map(pointer, (grad_y, scale, product if needs[3] else None, scaled, grad_bias, grad_scale)),
-        *_sizes(grad_y),
-        DTYPE_CODES[grad_y.dtype],
-        torch.get_num_threads(),
-    )
+    if scale is None:
+        scaled, grad_scale = grad_y, empty
+        grad_bias = grad_y.reshape(-1, bias.numel()).sum(0) if needs[2] else empty
+    else:
+        if needs[3] and product.numel() == 0:
+            product = linear(x, weight, bias)
+        grad_y, scale = grad_y.contiguous(), scale.contiguous()
+        scaled = torch.empty_like(grad_y)
+        grad_bias = torch.empty_like(bias) if needs[2] else empty
+        grad_scale = torch.empty_like(bias) if needs[3] else empty
+        extension.linear_scale_residual_backward(
+            *map(pointer, (grad_y, scale, product if needs[3] else None, scaled, grad_bias, grad_scale)),
+            *_sizes(grad_y),
+            DTYPE_CODES[grad_y.dtype],
+            torch.get_num_threads(),
+        )
     rows = scaled.reshape(-1, weight.shape[0])
     grad_x = (rows @ weight).reshape(x.shape) if needs[0] else empty
     grad_weight = rows.mT @ x.reshape(-1, weight.shape[1]) if needs[1] else empty
