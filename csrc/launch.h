@@ -154,7 +154,7 @@ struct LinearGeluBackward {
 // What follows the product; the product itself is the library's.
 struct LinearScaleResidualForward {
   const void* product;   // [rows, N], x W^T + b
-  const void* scale;     // [N], or null for 1
+  const void* scale;     // [N]
   const void* residual;  // [rows, N]
   void* y;               // [rows, N]; may be the product's memory
   int64_t rows, channels;
@@ -165,7 +165,7 @@ struct LinearScaleResidualForward {
 // What precedes the products.
 struct LinearScaleResidualBackward {
   const void* grad_y;   // [rows, N]
-  const void* scale;    // [N], or null for 1
+  const void* scale;    // [N]
   const void* product;  // [rows, N]; null with grad_scale
   void* grad_product;   // [rows, N]
   void* grad_bias;      // [N]
