@@ -19,10 +19,10 @@ from mra_model.compare.measure import (
     Run,
     Way,
     answer,
+    optimizable_parts_of,
     optimize_all,
     outputs,
     parts_of,
-    top_parts_of,
     what_optimizes,
 )
 from mra_model.compare.peak import measure_peak
@@ -73,7 +73,10 @@ def compare(
         conditions.append("the allocator keeps freed memory on both sides, so that page faults do not decide")
     stage("building the model")
     model = subject.build()
-    optimized = what_optimizes(model) if options.optimize else None
+    optimized = None
+    if options.optimize:
+        optimized = what_optimizes(model)
+        conditions.append("parts that hooks would keep from being optimized are in `rest`")
     found = {}
     for side in SIDES:
         stage(f"warm-up and outputs, {side}")
@@ -152,10 +155,9 @@ def _timed_runs(
 
 
 def _timed_answer(model: LlavaForConditionalGeneration, subject: Subject, ways: dict[str, Way], side: str) -> Run:
-    on_gpu, optimized = subject.device.type == "cuda", ways[FUSED].optimizer is not None
-    parts = top_parts_of(model) if on_gpu and optimized else parts_of(model)
+    parts = parts_of(model) if ways[FUSED].optimizer is None else optimizable_parts_of(model)
     with ways[side].on(model):
-        if on_gpu and ways[side].optimizer is not None:
+        if subject.device.type == "cuda" and ways[side].optimizer is not None:
             # It has just been optimized: its CUDA graphs are captured now, not while the clock runs.
             answer(model, subject.inputs, 3, parts)
         return answer(model, subject.inputs, NEW_TOKENS, parts)

@@ -20,6 +20,7 @@ Optimizer = Callable[[LlavaForConditionalGeneration], Callable[[], None]]
 
 TOWER = "vision tower"
 VIT = "ViT"
+ADAPTERS = "adapters"
 PROJECTOR = "projector"
 LANGUAGE_MODEL = "language model"
 REST = "rest"
@@ -122,7 +123,7 @@ def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]
     parts |= {f"stage {number}": [stage] for number, stage in enumerate(high.stages, start=1)}
     parts[VIT] = [low.patch_embedding, low.pre_layernorm, *low.layers]
     if len(tower.adapters):
-        parts["adapters"] = list(tower.adapters)
+        parts[ADAPTERS] = list(tower.adapters)
     parts["merge"] = [tower.merge]
     parts[TOWER] = [tower]
     parts[PROJECTOR] = [model.model.multi_modal_projector]
@@ -130,9 +131,11 @@ def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]
     return parts
 
 
-def top_parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
-    """The parts whose hooks keep no CUDA graph of the tower from being replayed."""
-    return {name: modules for name, modules in parts_of(model).items() if name in (TOWER, PROJECTOR, LANGUAGE_MODEL)}
+def optimizable_parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    """The parts whose hooks leave `optimize_all` its effect: not the adapters, and on a GPU nothing in the tower."""
+    parts = parts_of(model)
+    kept = {TOWER, PROJECTOR, LANGUAGE_MODEL} if model.device.type == "cuda" else set(parts) - {ADAPTERS}
+    return {name: modules for name, modules in parts.items() if name in kept}
 
 
 @torch.inference_mode()
