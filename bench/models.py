@@ -5,7 +5,8 @@ projector of two layers. At a side other than 336 its position embedding simply 
 weights need no interpolation.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -164,18 +165,20 @@ def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]
     }
 
 
-def optimize_llava_15(model: LlavaForConditionalGeneration) -> Callable[[], None]:
-    """What `optimize_all` is for LLaVA-HR, by PyTorch's own means: decoding, and on a GPU the tower in CUDA graphs."""
+@contextmanager
+def optimized_llava_15(model: LlavaForConditionalGeneration) -> Iterator[None]:
+    """What `optimized` is for LLaVA-HR, by PyTorch's own means: decoding, and on a GPU the tower in CUDA graphs."""
     decoding, tower = fast_decode(model), model.model.vision_tower
     if model.device.type == "cuda":
-        # Not the module, whose hooks would be traced.
-        tower.forward = torch.compile(tower.forward, mode="reduce-overhead")
-
-    def undo() -> None:
+        # Not the module, whose hooks would be traced. Kept, because compiling takes minutes.
+        plain = type(tower).forward.__get__(tower)
+        compiled = vars(tower).setdefault("_compiled_forward", torch.compile(plain, mode="reduce-overhead"))
+        tower.forward = compiled
+    try:
+        yield
+    finally:
         decoding.undo()
         vars(tower).pop("forward", None)
-
-    return undo
 
 
 def weights_bytes(model: nn.Module) -> int:

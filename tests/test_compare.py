@@ -181,14 +181,14 @@ def test_sides_take_turns_on_the_same_pixels_and_parameters(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("no_peaks")
-def test_optimized_runs_leave_the_model_as_it_was(options: Options) -> None:
+def test_optimized_runs_are_those_of_the_fused_side(options: Options) -> None:
     optimized = replace(options, optimize=True)
     built = prepare(optimized)
     model = built.build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     served: list[bool] = []
     model.model.vision_tower.register_forward_pre_hook(
-        lambda module, _: served.append(module.route is not None and not is_reference())
+        lambda module, _: served.append(module.route is not None and not module.route.report.paused)
     )
     found = comparing.compare(optimized, replace(built, build=lambda: model), 1, lambda name: None)
     assert served == [False, True, False, True]
@@ -198,7 +198,8 @@ def test_optimized_runs_leave_the_model_as_it_was(options: Options) -> None:
     assert any(line.startswith("decoding: left alone") for line in found.optimized or [])
     assert result.verdict(found).startswith("OK: optimized agrees with eager")
     assert "ViT" not in result.same_code(found)
-    assert model.model.vision_tower.route is None
+    assert model.model.vision_tower.route.report.paused
+    assert model.model.vision_tower.route.report.plain == {"the optimization is paused": 2}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert result.to_json(found)["optimized"] == found.optimized
 

@@ -50,6 +50,18 @@ class TestReport:
         assert tower.route is route
         assert [p.data_ptr() for p in tower.parameters()] == pointers
 
+    def test_a_pause_takes_the_plain_forward(self, tower: MraVisionModel) -> None:
+        pixels = pictures(1)
+        with torch.no_grad():
+            plain = tower(pixels).last_hidden_state
+            report = optimize(tower)
+            report.paused = True
+            assert torch.equal(tower(pixels).last_hidden_state, plain)
+            assert report.plain == {"the optimization is paused": 1}
+            report.paused = False
+            tower(pixels)
+        assert report.plain.total() == 1
+
     def test_undo_is_bit_equal(self, tower: MraVisionModel) -> None:
         pixels = pictures(2)
         before = look(tower, pixels)

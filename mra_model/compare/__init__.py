@@ -20,7 +20,7 @@ from mra_model.compare.measure import (
     Way,
     answer,
     optimizable_parts_of,
-    optimize_all,
+    optimized,
     outputs,
     parts_of,
     what_optimizes,
@@ -73,9 +73,9 @@ def compare(
         conditions.append("the allocator keeps freed memory on both sides, so that page faults do not decide")
     stage("building the model")
     model = subject.build()
-    optimized = None
+    changes = None
     if options.optimize:
-        optimized = what_optimizes(model)
+        changes = what_optimizes(model)
         conditions.append("parts that hooks would keep from being optimized are in `rest`")
     found = {}
     for side in SIDES:
@@ -83,7 +83,7 @@ def compare(
         found[side] = outputs(model, subject.inputs, ways[side])
     timed, notes = _timed_runs(model, subject, ways, runs, stage, started)
     agreement = judge(found[EAGER], found[FUSED], timed[EAGER], timed[FUSED], subject.dtype)
-    return Comparison(subject, backends, optimized, agreement, timed, peaks, [*subject.notes, *conditions, *notes])
+    return Comparison(subject, backends, changes, agreement, timed, peaks, [*subject.notes, *conditions, *notes])
 
 
 def stage_count(runs: int | None, device: torch.device) -> int:
@@ -111,7 +111,7 @@ def side_ways(options: Options) -> dict[str, Way]:
     fused = os.environ.get("MRA_BACKEND") or "auto"
     if fused == "reference":
         raise ValueError("MRA_BACKEND=reference makes both sides of the comparison eager: unset it")
-    return {EAGER: Way("reference"), FUSED: Way(fused, optimize_all if options.optimize else None)}
+    return {EAGER: Way("reference"), FUSED: Way(fused, optimized if options.optimize else None)}
 
 
 def served_by(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -157,9 +157,6 @@ def _timed_runs(
 def _timed_answer(model: LlavaForConditionalGeneration, subject: Subject, ways: dict[str, Way], side: str) -> Run:
     parts = parts_of(model) if ways[FUSED].optimizer is None else optimizable_parts_of(model)
     with ways[side].on(model):
-        if subject.device.type == "cuda" and ways[side].optimizer is not None:
-            # It has just been optimized: its CUDA graphs are captured now, not while the clock runs.
-            answer(model, subject.inputs, 3, parts)
         return answer(model, subject.inputs, NEW_TOKENS, parts)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from mra_model.decoding import fast_decode
 from mra_model.optimization import optimize
 from mra_model.timing import synchronize, timed_parts
 
-# Makes a model faster, and returns what undoes it.
-Optimizer = Callable[[LlavaForConditionalGeneration], Callable[[], None]]
+# Makes a model faster inside a block.
+Optimizer = Callable[[LlavaForConditionalGeneration], AbstractContextManager[None]]
 
 TOWER = "vision tower"
 VIT = "ViT"
@@ -29,27 +29,27 @@ FIRST_TOKEN = "first token"
 NEXT_TOKENS = "next tokens"
 
 
-def optimize_all(model: LlavaForConditionalGeneration) -> Callable[[], None]:
-    """`optimize` and `fast_decode`, as `mra compare --optimize` measures them; returns what undoes both."""
+@contextmanager
+def optimized(model: LlavaForConditionalGeneration) -> Iterator[None]:
+    """`optimize` and `fast_decode` inside the block, after which the tower's is paused, so that the next is at once."""
     tower, decoding = optimize(model), fast_decode(model)
-
-    def undo() -> None:
+    tower.paused = False
+    try:
+        yield
+    finally:
+        tower.paused = True
         decoding.undo()
-        tower.undo()
-
-    return undo
 
 
 def what_optimizes(model: LlavaForConditionalGeneration) -> list[str]:
-    """What `optimize_all` changes, in words, and what it leaves alone."""
+    """What `optimized` changes, in words, and what it leaves alone."""
     tower, decoding = optimize(model), fast_decode(model)
+    tower.paused = True
+    decoding.undo()
     lines = [f"{part}: {what}" for part, what in tower.faster.items()]
     lines += [f"{part} left alone: {why}" for part, why in tower.left.items()]
     left = f"left alone: {decoding.reason}"
-    lines.append(f"decoding: {'static cache, compiled' if decoding.reason is None else left}")
-    decoding.undo()
-    tower.undo()
-    return lines
+    return [*lines, f"decoding: {'static cache, compiled' if decoding.reason is None else left}"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Way:
 
     Args:
         backend: of `mra_kernels.use_backend`.
-        optimizer: applied to the model meanwhile; None for none.
+        optimizer: makes the model faster meanwhile; None for none.
     """
 
     backend: str
@@ -67,12 +67,8 @@ class Way:
     @contextmanager
     def on(self, model: LlavaForConditionalGeneration) -> Iterator[None]:
         """Inside the block the model computes in this way."""
-        undo = self.optimizer(model) if self.optimizer is not None else lambda: None
-        try:
-            with use_backend(self.backend):
-                yield
-        finally:
-            undo()
+        with use_backend(self.backend), self.optimizer(model) if self.optimizer is not None else nullcontext():
+            yield
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ def parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]
 
 
 def optimizable_parts_of(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
-    """The parts whose hooks leave `optimize_all` its effect: not the adapters, and on a GPU nothing in the tower."""
+    """The parts whose hooks leave `optimized` its effect: not the adapters, and on a GPU nothing in the tower."""
     parts = parts_of(model)
     kept = {TOWER, PROJECTOR, LANGUAGE_MODEL} if model.device.type == "cuda" else set(parts) - {ADAPTERS}
     return {name: modules for name, modules in parts.items() if name in kept}

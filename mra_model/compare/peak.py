@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mra_model.compare.measure import Way, answer, optimize_all
+from mra_model.compare.measure import Way, answer, optimized
 from mra_model.compare.subject import Options, prepare
 
 _PROGRAM = "from mra_model.compare.peak import main; main()"
@@ -37,8 +37,8 @@ class Peak:
 
 def measure_peak(options: Options, way: Way) -> Peak:
     """Runs the picture, the prompt and two tokens in a new process; a failure there is a result, not an error."""
-    optimized = "plain" if way.optimizer is None else "optimized"
-    command = [sys.executable, "-c", _PROGRAM, options.to_json(), way.backend, optimized]
+    mode = "plain" if way.optimizer is None else "optimized"
+    command = [sys.executable, "-c", _PROGRAM, options.to_json(), way.backend, mode]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:
         return Peak(None, None, f"the process was ended by signal {-done.returncode}; 9 means out of memory")
@@ -51,7 +51,7 @@ def measure_peak(options: Options, way: Way) -> Peak:
 def main() -> None:
     """The new process: prints a `Peak` as JSON. Arguments: options as JSON, the backend, "optimized" or "plain"."""
     options = Options.from_json(sys.argv[1])
-    way = Way(sys.argv[2], optimize_all if sys.argv[3] == "optimized" else None)
+    way = Way(sys.argv[2], optimized if sys.argv[3] == "optimized" else None)
     subject = prepare(options)
     model = subject.build()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -16,6 +16,7 @@ class Optimization:
         plain: how many calls took the plain forward, by reason.
         ungraphed: how many calls ran without a CUDA graph, by reason.
         graphs: what the CUDA graphs that exist were captured for.
+        paused: set it, and calls take the plain forward, while all that was prepared stays.
     """
 
     max_graphs: int
@@ -24,6 +25,7 @@ class Optimization:
     plain: Counter[str] = field(default_factory=Counter)
     ungraphed: Counter[str] = field(default_factory=Counter)
     graphs: list[str] = field(default_factory=list)
+    paused: bool = False
     _undo: Callable[[], None] = lambda: None
 
     def undo(self) -> None:

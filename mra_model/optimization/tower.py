@@ -232,6 +232,8 @@ class TowerRoute:
     def _why_plain(self, pixels: Tensor) -> str | None:
         """None where this route serves the call, otherwise the reason for the plain forward."""
         weight, device = self.tower.low.position_embedding, pixels.device.type
+        if self.report.paused:
+            return "the optimization is paused"
         if self.tower.training:
             # They would hold memory that training wants.
             self._graphs.clear()
