@@ -39,8 +39,11 @@ def fast_decode(model: LlavaForConditionalGeneration, max_cache_len: int | None 
     """Makes a static cache the model's default, under which transformers compiles decoding; greedy tokens are the same.
 
     It sets `cache_implementation` and `max_cache_len` in `model.generation_config` and nothing else: `generate()`,
-    pipelines and streamers use it as they are, and a call may still say `cache_implementation="dynamic"`. Like any
-    default of generation, both are stored by `save_pretrained` until `undo`.
+    streamers and pipelines use it as they are. Call it before a pipeline is made, which in transformers 5.17 copies the
+    config. Like any default of generation, both are stored by `save_pretrained` until `undo`.
+
+    A call may choose another cache: `cache_implementation="dynamic"`, without which transformers refuses assisted
+    decoding, or `cache_implementation=None` beside `past_key_values` of its own.
 
     The first answer waits for the compiler, once in a process. Every step reads the whole cache, so that room which
     nobody uses costs time.
@@ -51,7 +54,8 @@ def fast_decode(model: LlavaForConditionalGeneration, max_cache_len: int | None 
     Args:
         model: on its device already.
         max_cache_len: tokens of prompt and answer, pictures' included, for which the cache has room; a longer call
-            enlarges it and compiles again. None is one picture and 1024 tokens more, at most the model's positions.
+            enlarges it, for later calls too, and compiles again. None is one picture and 1024 tokens more, at most the
+            model's positions.
 
     Raises:
         ValueError: `max_cache_len` is not positive.
