@@ -1,17 +1,19 @@
 """The command `mra`: what it prints, how it ends, and that wrong input ends in one clear line."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny_config
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, TextStreamer
 from typer.testing import CliRunner
 
 import mra_kernels
@@ -22,6 +24,7 @@ from mra_model.cli import app
 from mra_model.generation import ModelFolderError, load_model
 
 PROMPT = "What is this?"
+TOKENS = 24
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -148,6 +151,56 @@ def test_generate_answers_about_any_number_of_pictures(model_dir: Path, data_dir
     expected = expected_answer(model_dir, text, pictures, 6)
     assert expected
     assert result.stdout.strip() == expected
+
+
+def ask(folder: Path) -> Any:
+    return run("generate", folder, "--prompt", PROMPT, "--max-new-tokens", TOKENS, "--device", "cpu")
+
+
+def test_generate_prints_words_as_they_come(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has reached the reader before each step of the model: more and more of the answer, never all of it."""
+    forward, printed = LlavaForConditionalGeneration.forward, []
+
+    @functools.wraps(forward)
+    def watched(*args, **kwargs):
+        printed.append(sys.stdout.buffer.getvalue().decode())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", watched)
+    answer = ask(model_dir).stdout
+    assert printed[0] == ""
+    assert all(answer.startswith(part) for part in printed)
+    # A word may be several tokens.
+    assert len(set(printed)) > 3
+    assert answer.strip() != printed[-1].strip()
+
+
+def test_generate_is_greedy_whatever_the_checkpoint_defaults_to(model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "beams"
+    shutil.copytree(model_dir, folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 3, "do_sample": True, "temperature": 2.0}))
+    answer = ask(folder)
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout == ask(model_dir).stdout
+
+
+def test_generate_interrupted(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of an answer: what came stays, and the message has a line of its own."""
+    whole = ask(model_dir).stdout
+    put, calls = TextStreamer.put, count()
+
+    def interrupted(streamer: TextStreamer, value: torch.Tensor) -> None:
+        if next(calls) == TOKENS // 2:
+            raise KeyboardInterrupt
+        put(streamer, value)
+
+    monkeypatch.setattr(TextStreamer, "put", interrupted)
+    answer = ask(model_dir)
+    assert answer.exit_code == 130
+    assert answer.stdout.strip()
+    assert whole.startswith(answer.stdout.removesuffix("\n"))
+    assert answer.output.splitlines()[-1] == "interrupted"
 
 
 def test_generate_errors_are_one_line(model_dir: Path, data_dir: Path, golden: Path, tmp_path: Path) -> None:
