@@ -226,7 +226,6 @@ CHANGES: dict[str, Callable] = {
     "projector": replace_projector,
     "layer": add_layer,
     "dtype": lambda model: model.bfloat16(),
-    # Twice, so that the new weights may lie where the old ones lay.
     "rounded": lambda model: model.bfloat16().float(),
 }
 
@@ -241,6 +240,17 @@ class TestNeverStale:
         assert kept.hits == 0
         assert not torch.equal(after, before)
         assert torch.equal(after, plain(tiny_model, pictures(1)))
+
+    def test_new_weights_where_the_old_ones_lay(self, tiny_model) -> None:
+        layer = tiny_model.model.multi_modal_projector.linear_2
+        memory = layer.bias.detach().numpy().copy()
+        layer.bias = nn.Parameter(torch.from_numpy(memory))
+        kept = fast_prefill(tiny_model, cache_bytes=PLENTY)
+        before = features(tiny_model, pictures(1))
+        memory += 1
+        layer.bias = nn.Parameter(torch.from_numpy(memory))
+        assert not torch.equal(features(tiny_model, pictures(1)), before)
+        assert kept.hits == 0
 
     def test_another_backend(self, tiny_model) -> None:
         kept = fast_prefill(tiny_model, cache_bytes=PLENTY)
