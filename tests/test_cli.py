@@ -88,6 +88,22 @@ def test_doctor_shows_choices_and_reasons() -> None:
     assert "triton on cpu: no Triton kernel yet" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("quota", "usable"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), (None, 4)]
+)
+def test_doctor_warns_of_more_threads_than_cpus(
+    quota: str | None, usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpu.max"
+    if quota is not None:
+        file.write_text(quota + "\n")
+    monkeypatch.setattr(environment, "_CPU_QUOTA", file)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert environment.usable_cpus() == usable
+    assert (f"OMP_NUM_THREADS={usable}" in run("doctor").stdout) == (usable < 4)
+
+
 def test_doctor_tells_an_absent_extension_from_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> dict[str, Any]:
         raise ImportError("undefined symbol: foo")
