@@ -107,7 +107,7 @@ class PictureFeatures:
         model.model.get_image_features = self.get_image_features
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model starts with nothing kept: its weights are others."""
+        """A copy of the model starts with nothing kept: its weights are others, and a weak reference has one owner."""
         return self.__dict__ | {"_kept": OrderedDict(), "_weights": []}
 
     @property

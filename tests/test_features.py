@@ -186,6 +186,14 @@ class TestContent:
         assert torch.equal(features(tiny_model, changed), plain(tiny_model, changed))
         assert (kept.hits, kept.misses) == (0, 2)
 
+    def test_the_same_bits_in_another_dtype_are_another(self, tiny_model) -> None:
+        kept = fast_prefill(tiny_model, cache_bytes=PLENTY)
+        pixels = pictures(1).bfloat16()
+        features(tiny_model, pixels)
+        changed = pixels.view(torch.float16)
+        assert torch.equal(features(tiny_model, changed), plain(tiny_model, changed))
+        assert (kept.hits, kept.misses) == (0, 2)
+
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
     def test_the_same_content_in_other_memory_is_the_same(self, tiny_model, dtype: torch.dtype) -> None:
         kept = fast_prefill(tiny_model, cache_bytes=PLENTY)
