@@ -191,14 +191,24 @@ def test_generate_prints_words_as_they_come(model_dir: Path, monkeypatch: pytest
     assert answer.strip() != printed[-1].strip()
 
 
+def with_defaults(folder: Path, copy: Path, **defaults: object) -> Path:
+    """A copy of a model with other defaults of generation."""
+    shutil.copytree(folder, copy)
+    file = copy / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | defaults))
+    return copy
+
+
 def test_generate_is_greedy_whatever_the_checkpoint_defaults_to(model_dir: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "beams"
-    shutil.copytree(model_dir, folder)
-    file = folder / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 3, "do_sample": True, "temperature": 2.0}))
-    answer = ask(folder)
+    answer = ask(with_defaults(model_dir, tmp_path / "beams", num_beams=3, do_sample=True, temperature=2.0))
     assert answer.exit_code == 0, answer.output
     assert answer.stdout == ask(model_dir).stdout
+
+
+def test_generate_prints_no_special_tokens(model_dir: Path, tmp_path: Path) -> None:
+    answer = ask(with_defaults(model_dir, tmp_path / "ended", forced_eos_token_id=2)).stdout
+    assert answer.strip()
+    assert "</s>" not in answer
 
 
 def test_generate_interrupted(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

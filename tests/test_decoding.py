@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from mra_model import build_model, build_processor, decoding, fast_decode, load_image, load_tokenizer
+from mra_model import build_model, build_processor, decoding, fast_decode, fast_prefill, load_image, load_tokenizer
 from mra_model.convert import convert
 from mra_model.generation import chat_inputs
 
@@ -136,6 +136,17 @@ class TestGolden:
         assert torch.cat(streamer.parts[1:]).tolist() == golden.expected.tolist()
         assert len(streamer.parts) == 1 + len(golden.expected)
         assert streamer.ended
+
+    def test_kept_pictures_in_chunks(self, decoding_fast: Checkpoint) -> None:
+        golden = decoding_fast
+        expected = golden.alone()
+        assert expected[0].tolist() == golden.expected.tolist()
+        kept = fast_prefill(golden.model, cache_bytes=1 << 24, activation_bytes=0)
+        prompts, pixels = golden.ragged()
+        for _ in range(2):
+            assert torch.equal(golden.generate(*prompts, pixels=pixels), expected)
+        kept.undo()
+        assert (kept.hits, kept.misses) == (4, 2)
 
     def test_the_compiled_step(self, checkpoint: Checkpoint) -> None:
         graphs = Graphs()
@@ -270,9 +281,9 @@ class TestText:
 
     photos = tuple(str(DATA / "llava_data" / name) for name in ("chelsea.png", "rocket.jpg"))
 
-    def messages(self) -> list[dict]:
-        content = [{"type": "image", "url": photo} for photo in self.photos]
-        return [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}]
+    def messages(self, count: int = 2, question: str = QUESTION) -> list[dict]:
+        content = [{"type": "image", "url": photo} for photo in self.photos[:count]]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
 
     def answer(self, folder: Path) -> str:
         """What plain `generate` says."""
@@ -311,6 +322,18 @@ class TestText:
         assert actual == expected
         assert len(streamer.parts) == 1 + STEPS
         assert ask.model._previous_max_cache_length == 1024
+
+    def test_pipeline_in_batches(self, folder: Path, anywhere: None) -> None:
+        """Chats of unlike length and number of pictures, padded on the left by the processor."""
+        model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        chats = [self.messages(), self.messages(1, "And this one, what may it be?"), self.messages(1)]
+        options = {"generate_kwargs": {"min_new_tokens": STEPS, "max_new_tokens": STEPS}, "return_full_text": False}
+        expected = pipeline("image-text-to-text", model=model, processor=processor)(text=chats, **options)
+        fast_decode(model)
+        ask = pipeline("image-text-to-text", model=model, processor=processor)
+        actual = ask(text=chats, batch_size=3, **options)
+        assert actual == expected
+        assert model._previous_max_cache_length == 1024
 
 
 @pytest.mark.gpu
