@@ -3,7 +3,7 @@
 What transformers 5.17 to 5.23 does with `cache_implementation="static"`, and what follows for a Llava:
 
 - The prompt runs as ever. On a CUDA device the step of one token is compiled with `torch.compile`, mode
-  "reduce-overhead", and so replayed as CUDA graphs; the whole step is one graph, without a break.
+  "reduce-overhead", and so replayed as CUDA graphs; the whole step is one graph, unless flash attention breaks it.
 - The mask over the whole cache is made outside the compiled step. Prompts of any length, padded or not, with any number
   of pictures, recompile nothing.
 - The step is compiled for a batch of one, and once or twice more for all other sizes. It is compiled again where a call

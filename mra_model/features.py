@@ -228,7 +228,7 @@ class PictureFeatures:
         """picture: [3, S, S] -> [2]: two sums of its words times secret random factors, modulo 2^64.
 
         On the picture's own device, where hashing costs less than moving it. Factors belong to a word's row and column,
-        [rows] and [columns]. Two different pictures have equal sums with a probability of 2^-55 at most.
+        [rows] and [columns]. Evenly drawn ones give two different pictures equal sums with a probability below 2^-55.
         """
         rows = picture.contiguous().view(_WORDS[picture.itemsize]).flatten(0, 1).long()
         generator = torch.Generator(picture.device).manual_seed(self._seed)
