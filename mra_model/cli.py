@@ -113,7 +113,7 @@ def generate(
     dtype: Dtype = None,
     device: Device = "auto",
 ) -> None:
-    """Answer a question about pictures, greedily; without --image a question of text only."""
+    """Answer a question about pictures, greedily, word by word; without --image a question of text only."""
     with _one_line(WRONG_OPTION, ValueError, OSError):
         where, wanted = parse_device(device), None if dtype is None else parse_dtype(dtype)
         pictures = [load_image(file) for file in image or []]
@@ -122,7 +122,12 @@ def generate(
         tokenizer = loaded.require_processor().tokenizer
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with _clean_interrupt():
-        generate_text(loaded, prompt, pictures, max_new_tokens, streamer)
+        try:
+            generate_text(loaded, prompt, pictures, max_new_tokens, streamer)
+        except (KeyboardInterrupt, torch.OutOfMemoryError):
+            # Prints the word that it still holds, and ends the line in front of the message.
+            streamer.end()
+            raise
 
 
 @app.command()
@@ -180,7 +185,10 @@ def _clean_interrupt() -> Iterator[None]:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
     except torch.OutOfMemoryError as error:
-        typer.echo(f"error: {str(error).splitlines()[0]} Choose a smaller --size or another --dtype.", err=True)
+        typer.echo(
+            f"error: {str(error).splitlines()[0]} Choose another --dtype or --device, or compare at a smaller --size.",
+            err=True,
+        )
         raise typer.Exit(FAILED) from error
 
 

@@ -3,7 +3,7 @@
 What transformers 5.17 to 5.23 does with `cache_implementation="static"`, and what follows for a Llava:
 
 - The prompt runs as ever. On a CUDA device the step of one token is compiled with `torch.compile`, mode
-  "reduce-overhead", and so replayed as CUDA graphs; the whole step is one graph, without a break.
+  "reduce-overhead", and so replayed as CUDA graphs; the whole step is one graph, unless flash attention breaks it.
 - The mask over the whole cache is made outside the compiled step. Prompts of any length, padded or not, with any number
   of pictures, recompile nothing.
 - The step is compiled for a batch of one, and once or twice more for all other sizes. It is compiled again where a call
@@ -36,11 +36,17 @@ class FastDecoding:
 
 
 def fast_decode(model: LlavaForConditionalGeneration, max_cache_len: int | None = None) -> FastDecoding:
-    """Makes a static cache the model's default, under which transformers compiles decoding; greedy tokens are the same.
+    """Makes a static cache the model's default, under which transformers compiles decoding.
+
+    Greedy tokens are those of the default cache, but where rounding decides between two: in half precision a compiled
+    step rounds less often.
 
     It sets `cache_implementation` and `max_cache_len` in `model.generation_config` and nothing else: `generate()`,
-    pipelines and streamers use it as they are, and a call may still say `cache_implementation="dynamic"`. Like any
-    default of generation, both are stored by `save_pretrained` until `undo`.
+    streamers and pipelines use it as they are. Call it before a pipeline is made, which in transformers 5.17 copies the
+    config. Like any default of generation, both are stored by `save_pretrained` until `undo`.
+
+    A call may choose another cache: `cache_implementation="dynamic"`, without which transformers refuses assisted
+    decoding, or `cache_implementation=None` beside `past_key_values` of its own.
 
     The first answer waits for the compiler, once in a process. Every step reads the whole cache, so that room which
     nobody uses costs time.
@@ -51,7 +57,8 @@ def fast_decode(model: LlavaForConditionalGeneration, max_cache_len: int | None 
     Args:
         model: on its device already.
         max_cache_len: tokens of prompt and answer, pictures' included, for which the cache has room; a longer call
-            enlarges it and compiles again. None is one picture and 1024 tokens more, at most the model's positions.
+            enlarges it, for later calls too, and compiles again. None is one picture and 1024 tokens more, at most the
+            model's positions.
 
     Raises:
         ValueError: `max_cache_len` is not positive.

@@ -9,7 +9,7 @@ from rich.table import Table
 
 import mra_kernels
 from mra_kernels.dispatch import Choice
-from mra_model.environment import DTYPES, gpu_problem, hardware, nvcc, versions
+from mra_model.environment import DTYPES, gpu_problem, hardware, nvcc, usable_cpus, versions
 
 DEVICES = ("cpu", "cuda")
 
@@ -18,15 +18,16 @@ def diagnose() -> dict[str, Any]:
     """Everything that `mra doctor` shows, ready for JSON.
 
     Returns:
-        `versions`, `cpu`, `gpus`, `gpu_problem`, `nvcc`, `extension` and `triton` (each with a `state`: present, absent
-        or broken) and `backends`: for each device, dtype and op the automatic choice, whether it was ever measured, and
-        why other backends cannot serve.
+        `versions`, `cpu`, `usable_cpus`, `gpus`, `gpu_problem`, `nvcc`, `extension` and `triton` (each with a `state`:
+        present, absent or broken) and `backends`: for each device, dtype and op the automatic choice, whether it was
+        ever measured, and why other backends cannot serve.
     """
     machine = hardware()
     return {
         "versions": versions(),
         "system": machine["system"],
         "cpu": machine["cpu"],
+        "usable_cpus": usable_cpus(),
         "gpus": machine["gpus"],
         "gpu_problem": gpu_problem(),
         "nvcc": nvcc(),
@@ -93,6 +94,9 @@ def _parts_table(report: dict[str, Any]) -> Table:
             table.add_row(name, value or "absent")
     cpu = report["cpu"]
     table.add_row("CPU", f"{cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads")
+    if cpu["threads"] > report["usable_cpus"]:
+        usable = report["usable_cpus"]
+        table.add_row("threads", f"more than the {usable} CPUs that this process gets: set OMP_NUM_THREADS={usable}")
     table.add_row("instruction sets", " ".join(cpu["instruction_sets"]) or "unknown")
     for gpu in report["gpus"]:
         memory = gpu["memory_bytes"] / 2**30

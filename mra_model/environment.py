@@ -27,6 +27,9 @@ _INSTRUCTION_SETS = (
 )
 _BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
+# Of the process's own control group, as a container sees it.
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
 # How sysfs writes the size of a cache.
 _SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -157,6 +160,20 @@ def instruction_sets() -> list[str]:
     # x86 calls them flags, Arm features.
     flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
     return [name for name in _INSTRUCTION_SETS if name in flags]
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process can keep busy: those it may run on, within the quota of its container.
+
+    PyTorch starts a thread for each of the former and does not look at the latter. Threads above the quota wait for
+    each other at the end of every layer, of which decoding has hundreds a token.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not _CPU_QUOTA.is_file():
+        return cpus
+    # Microseconds of all CPUs together in each period, or "max".
+    quota, period = _CPU_QUOTA.read_text().split()
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
 
 
 def last_level_cache() -> int | None:

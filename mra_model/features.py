@@ -107,7 +107,7 @@ class PictureFeatures:
         model.model.get_image_features = self.get_image_features
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model starts with nothing kept: its weights are others."""
+        """A copy of the model starts with nothing kept: its weights are others, and a weak reference has one owner."""
         return self.__dict__ | {"_kept": OrderedDict(), "_weights": []}
 
     @property
@@ -228,7 +228,7 @@ class PictureFeatures:
         """picture: [3, S, S] -> [2]: two sums of its words times secret random factors, modulo 2^64.
 
         On the picture's own device, where hashing costs less than moving it. Factors belong to a word's row and column,
-        [rows] and [columns]. Two different pictures have equal sums with a probability of 2^-55 at most.
+        [rows] and [columns]. Evenly drawn ones give two different pictures equal sums with a probability below 2^-55.
         """
         rows = picture.contiguous().view(_WORDS[picture.itemsize]).flatten(0, 1).long()
         generator = torch.Generator(picture.device).manual_seed(self._seed)

@@ -152,7 +152,9 @@ def generate_text(
     """
     processor = loaded.require_processor()
     inputs = {name: value.to(loaded.model.device) for name, value in chat_inputs(processor, prompt, pictures).items()}
-    output = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    # Beams may be a checkpoint's default; they are not greedy, and a streamer refuses them.
+    greedy = {"do_sample": False, "num_beams": 1}
+    output = loaded.model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens, streamer=streamer)
     answer = output[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 

@@ -1,17 +1,19 @@
 """The command `mra`: what it prints, how it ends, and that wrong input ends in one clear line."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_tiny_config
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, TextStreamer
 from typer.testing import CliRunner
 
 import mra_kernels
@@ -22,6 +24,7 @@ from mra_model.cli import app
 from mra_model.generation import ModelFolderError, load_model
 
 PROMPT = "What is this?"
+TOKENS = 24
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -83,6 +86,22 @@ def test_doctor_shows_choices_and_reasons() -> None:
         assert op in result.stdout
     assert "unmeasured" in result.stdout
     assert "triton on cpu: no Triton kernel yet" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("quota", "usable"), [("max 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 4), (None, 4)]
+)
+def test_doctor_warns_of_more_threads_than_cpus(
+    quota: str | None, usable: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpu.max"
+    if quota is not None:
+        file.write_text(quota + "\n")
+    monkeypatch.setattr(environment, "_CPU_QUOTA", file)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert environment.usable_cpus() == usable
+    assert (f"OMP_NUM_THREADS={usable}" in run("doctor").stdout) == (usable < 4)
 
 
 def test_doctor_tells_an_absent_extension_from_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +167,66 @@ def test_generate_answers_about_any_number_of_pictures(model_dir: Path, data_dir
     expected = expected_answer(model_dir, text, pictures, 6)
     assert expected
     assert result.stdout.strip() == expected
+
+
+def ask(folder: Path) -> Any:
+    return run("generate", folder, "--prompt", PROMPT, "--max-new-tokens", TOKENS, "--device", "cpu")
+
+
+def test_generate_prints_words_as_they_come(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has reached the reader before each step of the model: more and more of the answer, never all of it."""
+    forward, printed = LlavaForConditionalGeneration.forward, []
+
+    @functools.wraps(forward)
+    def watched(*args, **kwargs):
+        printed.append(sys.stdout.buffer.getvalue().decode())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", watched)
+    answer = ask(model_dir).stdout
+    assert printed[0] == ""
+    assert all(answer.startswith(part) for part in printed)
+    # A word may be several tokens.
+    assert len(set(printed)) > 3
+    assert answer.strip() != printed[-1].strip()
+
+
+def with_defaults(folder: Path, copy: Path, **defaults: object) -> Path:
+    """A copy of a model with other defaults of generation."""
+    shutil.copytree(folder, copy)
+    file = copy / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | defaults))
+    return copy
+
+
+def test_generate_is_greedy_whatever_the_checkpoint_defaults_to(model_dir: Path, tmp_path: Path) -> None:
+    answer = ask(with_defaults(model_dir, tmp_path / "beams", num_beams=3, do_sample=True, temperature=2.0))
+    assert answer.exit_code == 0, answer.output
+    assert answer.stdout == ask(model_dir).stdout
+
+
+def test_generate_prints_no_special_tokens(model_dir: Path, tmp_path: Path) -> None:
+    answer = ask(with_defaults(model_dir, tmp_path / "ended", forced_eos_token_id=2)).stdout
+    assert answer.strip()
+    assert "</s>" not in answer
+
+
+def test_generate_interrupted(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of an answer: what came stays, and the message has a line of its own."""
+    whole = ask(model_dir).stdout
+    put, calls = TextStreamer.put, count()
+
+    def interrupted(streamer: TextStreamer, value: torch.Tensor) -> None:
+        if next(calls) == TOKENS // 2:
+            raise KeyboardInterrupt
+        put(streamer, value)
+
+    monkeypatch.setattr(TextStreamer, "put", interrupted)
+    answer = ask(model_dir)
+    assert answer.exit_code == 130
+    assert answer.stdout.strip()
+    assert whole.startswith(answer.stdout.removesuffix("\n"))
+    assert answer.output.splitlines()[-1] == "interrupted"
 
 
 def test_generate_errors_are_one_line(model_dir: Path, data_dir: Path, golden: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`fast_prefill`: kept features are those that would be computed, never stale, in bounded memory; and chunks."""
+"""`fast_prefill`: kept features are those that would be computed, never stale, in bounded memory."""
 
 import copy
 from collections.abc import Callable
@@ -8,16 +8,12 @@ import torch
 import torch.nn.functional as F
 from test_model_generate import generate, pictures, prompt
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModel, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 import mra_kernels
 from bench.models import LLAVA_15, TINY, Subject
 from mra_kernels.testing import relative_error
-from mra_model import build_model, fast_prefill, preset_config
-from mra_model.features import activation_bytes_per_picture
+from mra_model import build_model, fast_prefill
 
 # Of a tiny picture in float32: 16 tokens of the tower, 32 channels, and as many of the projector.
 EACH = 2 * 16 * 32 * 4
@@ -190,6 +186,14 @@ class TestContent:
         assert torch.equal(features(tiny_model, changed), plain(tiny_model, changed))
         assert (kept.hits, kept.misses) == (0, 2)
 
+    def test_the_same_bits_in_another_dtype_are_another(self, tiny_model) -> None:
+        kept = fast_prefill(tiny_model, cache_bytes=PLENTY)
+        pixels = pictures(1).bfloat16()
+        features(tiny_model, pixels)
+        changed = pixels.view(torch.float16)
+        assert torch.equal(features(tiny_model, changed), plain(tiny_model, changed))
+        assert (kept.hits, kept.misses) == (0, 2)
+
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8])
     def test_the_same_content_in_other_memory_is_the_same(self, tiny_model, dtype: torch.dtype) -> None:
         kept = fast_prefill(tiny_model, cache_bytes=PLENTY)
@@ -230,7 +234,6 @@ CHANGES: dict[str, Callable] = {
     "projector": replace_projector,
     "layer": add_layer,
     "dtype": lambda model: model.bfloat16(),
-    # Twice, so that the new weights may lie where the old ones lay.
     "rounded": lambda model: model.bfloat16().float(),
 }
 
@@ -245,6 +248,17 @@ class TestNeverStale:
         assert kept.hits == 0
         assert not torch.equal(after, before)
         assert torch.equal(after, plain(tiny_model, pictures(1)))
+
+    def test_new_weights_where_the_old_ones_lay(self, tiny_model) -> None:
+        layer = tiny_model.model.multi_modal_projector.linear_2
+        memory = layer.bias.detach().numpy().copy()
+        layer.bias = nn.Parameter(torch.from_numpy(memory))
+        kept = fast_prefill(tiny_model, cache_bytes=PLENTY)
+        before = features(tiny_model, pictures(1))
+        memory += 1
+        layer.bias = nn.Parameter(torch.from_numpy(memory))
+        assert not torch.equal(features(tiny_model, pictures(1)), before)
+        assert kept.hits == 0
 
     def test_another_backend(self, tiny_model) -> None:
         kept = fast_prefill(tiny_model, cache_bytes=PLENTY)
@@ -311,58 +325,6 @@ class TestOff:
         for pixels, message in ((pictures(1)[0], "must be"), (pictures(1)[..., 1:], "not square")):
             with pytest.raises(ValueError, match=message):
                 features(tiny_model, pixels)
-
-
-class TestChunks:
-    @pytest.mark.parametrize(("fit", "expected"), [(0, [1] * 5), (1, [1] * 5), (2, [2, 2, 1]), (9, [5])])
-    def test_as_many_pictures_as_fit(self, tiny_model, fit: int, expected: list[int]) -> None:
-        each = activation_bytes_per_picture(tiny_model.config.vision_config, 128, torch.float32)
-        tokens = generate(tiny_model, prompt(*[2] * 6), pixels=pictures(5))
-        fast_prefill(tiny_model, activation_bytes=fit * each)
-        tower = Tower(tiny_model)
-        assert relative_error(features(tiny_model, pictures(5)), plain(tiny_model, pictures(5))) < 1e-6
-        assert tower.batches == [*expected, 5]
-        assert torch.equal(generate(tiny_model, prompt(*[2] * 6), pixels=pictures(5)), tokens)
-
-    def test_with_kept_pictures(self, tiny_model) -> None:
-        fast_prefill(tiny_model, cache_bytes=PLENTY, activation_bytes=0)
-        tower = Tower(tiny_model)
-        features(tiny_model, pictures(2))
-        assert relative_error(features(tiny_model, pictures(4)), plain(tiny_model, pictures(4))) < 1e-6
-        assert tower.batches == [1, 1, 1, 1, 4]
-
-    @pytest.mark.parametrize("side", [384, 1024])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_the_bound_is_one(self, side: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Counted on the meta device, where attention would make the matrix that no kernel for it makes."""
-        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
-        config = preset_config("llava-hr-7b", side).vision_config
-        with torch.device("meta"):
-            tower = AutoModel.from_config(config, dtype=dtype).eval()
-            pixels = torch.empty(2, 3, side, side)
-        with torch.no_grad(), Live([pixels, *tower.parameters()]) as live:
-            tower(pixels)
-        bound = 2 * activation_bytes_per_picture(config, side, dtype)
-        assert 0.8 * bound < live.most <= bound
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that were alive at once of tensors other than the known ones."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.known = {StorageWeakRef(tensor.untyped_storage()) for tensor in known}
-        self.sizes: dict[StorageWeakRef, int] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for storage in (leaf.untyped_storage() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
-            if StorageWeakRef(storage) not in self.known:
-                self.sizes[StorageWeakRef(storage)] = storage.nbytes()
-        self.sizes = {storage: size for storage, size in self.sizes.items() if not storage.expired()}
-        self.most = max(self.most, sum(self.sizes.values()))
-        return output
 
 
 class TestUndo:
