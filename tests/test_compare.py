@@ -1,7 +1,6 @@
 """`mra compare`: that it measures what it says, and that a wrong fused kernel cannot pass."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 import mra_kernels
 from mra_kernels.dispatch import Backend, is_reference
 from mra_kernels.ops import OPS
-from mra_model import build_model, build_processor, load_tokenizer, timing
+from mra_model import build_model, build_processor, load_tokenizer
 from mra_model import compare as comparing
 from mra_model.cli import app
 from mra_model.compare import (
@@ -25,7 +24,6 @@ from mra_model.compare import (
     NEW_TOKENS,
     Comparison,
     Options,
-    agreement,
     measure,
     prepare,
     result,
@@ -292,15 +290,6 @@ def test_parts_of_a_model_without_adapters() -> None:
     assert "adapters" not in measure.parts_of(build_model(make_tiny_config(adapters=False)))
 
 
-def test_the_clock_counts_no_pause() -> None:
-    clock = measure._Clock(lambda: time.sleep(0.2))
-    for token in range(4):
-        clock.put(torch.tensor([token]))
-    assert len(clock.moments) == 3
-    assert clock.moments == sorted(clock.moments)
-    assert clock.moments[-1] - clock.moments[0] < 0.1
-
-
 def test_parts_add_up_and_leave_no_hooks(options: Options) -> None:
     prepared = prepare(options)
     model = prepared.build()
@@ -330,68 +319,7 @@ def test_peak_memory_of_a_failing_process_is_a_result(options: Options, tmp_path
     assert "gone" in str(peak.problem)
 
 
-def test_timed_parts_add_repeated_calls_and_start_again() -> None:
-    layer = nn.Linear(4, 4)
-    with timing.timed_parts({"layer": [layer], "other": [nn.Linear(4, 4)]}, torch.device("cpu")) as take:
-        assert take() == {"layer": 0, "other": 0}
-        layer(torch.ones(1, 4))
-        once = take()
-        assert once["layer"] > 0
-        assert once["other"] == 0
-        assert take()["layer"] == 0
-
-
-def test_spread() -> None:
-    assert timing.spread([3.0]) == timing.Spread(3.0, 3.0, 3.0)
-    assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == timing.Spread(3.5, 2.0, 5.0)
-
-
 # How it judges.
-
-
-def a_run(tokens: list[int], margins: list[float]) -> measure.Run:
-    return measure.Run([1.0 + step for step in range(len(tokens))], {}, tokens, margins)
-
-
-def judged(eager: measure.Run, fused: measure.Run, dtype: torch.dtype, factor: float = 1.0) -> agreement.Agreement:
-    made = torch.Generator().manual_seed(0)
-    features = torch.randn(1, 4, 8, generator=made)
-    logits = torch.randn(1, 6, 9, generator=made)
-    outputs = measure.Outputs(features, logits)
-    return agreement.judge(outputs, measure.Outputs(features * factor, logits), [eager], [fused], dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_features_are_held_to_the_dtypes_tolerance(dtype: torch.dtype) -> None:
-    same = a_run([1, 2], [1.0, 1.0])
-    allowed = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
-    assert not judged(same, same, dtype, 1 + 0.9 * allowed).failures
-    assert judged(same, same, dtype, 1 + 1.1 * allowed).failures
-    assert judged(same, same, dtype, float("nan")).failures
-
-
-def test_float32_tokens_must_all_be_equal() -> None:
-    eager, fused = a_run([1, 2, 3], [1.0, 1e-9, 1.0]), a_run([1, 7, 3], [1.0, 1.0, 1.0])
-    found = judged(eager, fused, torch.float32)
-    assert found.first_difference == 1
-    assert "from token 2 on" in found.failures[0]
-
-
-def test_bfloat16_tokens_count_up_to_eagers_first_tie() -> None:
-    fused = a_run([1, 7, 3], [1.0, 1.0, 1.0])
-    tied = judged(a_run([1, 2, 3], [1.0, 1e-3, 1.0]), fused, torch.bfloat16)
-    assert (tied.compared, tied.first_difference, tied.failures) == (1, 1, ())
-    later = judged(a_run([1, 2, 3], [1.0, 1.0, 1e-3]), fused, torch.bfloat16)
-    assert later.compared == 2
-    assert later.failures
-    # Fused's own ties excuse nothing.
-    assert judged(a_run([1, 2], [1.0, 1.0]), a_run([1, 7], [1.0, 1e-9]), torch.bfloat16).failures
-
-
-def test_relative_difference() -> None:
-    a, b = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 5.0])
-    assert agreement.relative_difference(a, b) == pytest.approx(10**0.5 / 5)
-    assert agreement.relative_difference(b, b) == 0
 
 
 @pytest.mark.usefixtures("no_peaks")
