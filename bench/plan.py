@@ -149,7 +149,7 @@ def _launches() -> Step:
 def _answers(family: str, sides: Sequence[int], languages: Sequence[str]) -> Iterator[Step]:
     for language in languages:
         for side in sides:
-            seconds: dict[str, float] = {"cpu": _SIDES[family][side]} if language == "small" else {"cuda": 75.0}
+            seconds: dict[str, float] = {"cpu": _SIDES[family][side]} if language == "small" else {"cuda": 180.0}
             about = f"an answer of {family}, language model {language}, a picture of {side}"
             run = _in("e2e", family=family, language=language, side=side)
             yield Step(f"e2e/{family.lower()}/{language.lower()}/{side}", about, seconds, run)

@@ -18,6 +18,9 @@ from mra_model.memory import require_memory
 
 PROCESSOR_FILE = "processor_config.json"
 
+# For `generate`. Beams may be a checkpoint's default; they are not greedy, and a streamer refuses them.
+GREEDY = {"do_sample": False, "num_beams": 1}
+
 
 class ModelFolderError(ValueError):
     """A folder that holds no usable model. The message names it and the remedy."""
@@ -152,9 +155,7 @@ def generate_text(
     """
     processor = loaded.require_processor()
     inputs = {name: value.to(loaded.model.device) for name, value in chat_inputs(processor, prompt, pictures).items()}
-    # Beams may be a checkpoint's default; they are not greedy, and a streamer refuses them.
-    greedy = {"do_sample": False, "num_beams": 1}
-    output = loaded.model.generate(**inputs, **greedy, max_new_tokens=max_new_tokens, streamer=streamer)
+    output = loaded.model.generate(**inputs, **GREEDY, max_new_tokens=max_new_tokens, streamer=streamer)
     answer = output[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 

@@ -5,6 +5,7 @@ import json
 import math
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,10 @@ class TestAnswers:
             assert facts["tokens per second over 10"] == pytest.approx(10 / (ten * 1e-6), rel=1e-3)
             assert facts["tokens per second over 64"] == pytest.approx(64 / (all_of_them * 1e-6), rel=1e-3)
             assert facts["peak bytes"] > facts["weights bytes"] > 1e5
+
+    def test_llava_15_has_nothing_to_optimize_on_a_cpu(self, rehearsal: Run) -> None:
+        real = replace(rehearsal, rehearsal=False)
+        assert [len(e2e._variants(real, family)) for family in (LLAVA_HR, LLAVA_15)] == [3, 1]
 
     @pytest.mark.parametrize("factor", [1.5, math.nan])
     def test_a_wrong_kernel_has_no_times(

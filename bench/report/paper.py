@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from bench.report import charts
 from bench.report.blocks import Block, Cell, Chart, Section, Table, Text, names, numbers, rows
 from bench.report.cells import gained, optional, timed
-from bench.report.data import EAGER, FUSED, Machine, Ratio, Subject, Time, ratio
+from bench.report.data import EAGER, FUSED, OPTIMIZED, Machine, Ratio, Subject, Time, ratio
 from bench.report.numbers import DASH, NOT_MEASURED, factor, plain, share, size, times
 
 HR, PLAIN = "LLaVA-HR", "LLaVA-1.5"
-OPTIMIZED = "optimized"
 FIRST = "first token"
 LENGTHS = {"10 tokens": 10, "64 tokens": 64}
 
@@ -75,9 +74,8 @@ def equally_optimized(subjects: list[Subject], sides: tuple[int, int]) -> Compar
         subjects: of one language model.
         sides: of LLaVA-1.5 and of LLaVA-HR.
     """
-    plain = find(subjects, PLAIN, sides[0])
-    is_optimized = plain is not None and plain.time(OPTIMIZED, FIRST) is not None
-    return compare(subjects, sides, OPTIMIZED, FUSED) if is_optimized else compare(subjects, sides, EAGER, EAGER)
+    both = compare(subjects, sides, OPTIMIZED, OPTIMIZED)
+    return both if both.is_measured else compare(subjects, sides, EAGER, EAGER)
 
 
 def compare(subjects: list[Subject], sides: tuple[int, int], plain: str, high: str) -> Comparison:

@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from mra_kernels import use_backend
 from mra_model.decoding import fast_decode
+from mra_model.generation import GREEDY
 from mra_model.optimization import optimize
 from mra_model.timing import synchronize, timed_parts
 
@@ -180,7 +181,7 @@ def answer(
         output = model.generate(
             **inputs,
             attention_mask=torch.ones_like(inputs["input_ids"]),
-            do_sample=False,
+            **GREEDY,
             min_new_tokens=count,
             max_new_tokens=count,
             streamer=clock,
