@@ -100,9 +100,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_instruction_set", mra::cpu::select_instruction_set);
   using namespace mra::cpu;
   bind<6, 4>(m, "depthwise_conv_gelu_forward", depthwise_conv_gelu_forward);
-  bind<9, 4>(m, "depthwise_conv_gelu_backward", depthwise_conv_gelu_backward);
+  bind<11, 4>(m, "depthwise_conv_gelu_backward", depthwise_conv_gelu_backward,
+              MRA_CUDA_KERNEL(depthwise_conv_gelu_backward));
   bind<8, 4, float>(m, "depthwise_conv_norm_forward", depthwise_conv_norm_forward);
-  bind<12, 4>(m, "depthwise_conv_norm_backward", depthwise_conv_norm_backward);
+  bind<14, 4>(m, "depthwise_conv_norm_backward", depthwise_conv_norm_backward,
+              MRA_CUDA_KERNEL(depthwise_conv_norm_backward));
   bind<4, 6>(m, "gated_resample_add_forward", gated_resample_add_forward, MRA_CUDA_KERNEL(gated_resample_add_forward));
   bind<6, 6>(m, "gated_resample_add_backward", gated_resample_add_backward,
              MRA_CUDA_KERNEL(gated_resample_add_backward));
@@ -114,4 +116,8 @@ PYBIND11_MODULE(_C, m) {
   bind<8, 4>(m, "norm_patchify_backward", norm_patchify_backward);
   bind<8, 6, float>(m, "patch_conv_norm_forward", patch_conv_norm_forward);
   bind<7, 2, float>(m, "patch_conv_norm_backward", patch_conv_norm_backward);
+#ifdef MRA_CUDA
+  m.def("depthwise_conv_gelu_partials", mra::cuda::depthwise_conv_gelu_partials);
+  m.def("depthwise_conv_norm_partials", mra::cuda::depthwise_conv_norm_partials);
+#endif
 }

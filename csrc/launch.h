@@ -45,6 +45,8 @@ struct DepthwiseConvNormBackward {
   void* grad_bias;          // [C]
   void* grad_norm_weight;   // [C]
   void* grad_norm_bias;     // [C]
+  void* grad_conv;          // GPU only: scratch [B, H, W, C], the gradient of the convolution's output
+  float* partial;           // GPU only: scratch of depthwise_conv_norm_partials floats
   int64_t batch, height, width, channels;
   DType dtype;
   Place place;
@@ -72,6 +74,8 @@ struct DepthwiseConvGeluBackward {
   void* grad_x;              // [B, H, W, C]
   void* grad_weight;         // [C, 1, 7, 7]
   void* grad_bias;           // [C]
+  void* grad_conv;           // GPU only: scratch [B, H, W, C], the gradient of the convolution's output
+  float* partial;            // GPU only: scratch of depthwise_conv_gelu_partials floats
   int64_t batch, height, width, channels;
   DType dtype;
   Place place;
@@ -234,8 +238,14 @@ MRA_CPU_KERNELS(MRA_DECLARE, )
 
 namespace cuda {
 // Throw std::runtime_error with CUDA's own message.
+void depthwise_conv_gelu_backward(const DepthwiseConvGeluBackward&);
+void depthwise_conv_norm_backward(const DepthwiseConvNormBackward&);
 void gated_resample_add_forward(const GatedResampleAddForward&);
 void gated_resample_add_backward(const GatedResampleAddBackward&);
+
+// Floats of scratch that these backwards need, on whatever device.
+int64_t depthwise_conv_gelu_partials(int64_t batch, int64_t channels);
+int64_t depthwise_conv_norm_partials(int64_t batch, int64_t height, int64_t width, int64_t channels);
 }  // namespace cuda
 
 }  // namespace mra

@@ -36,7 +36,12 @@ def backward(
     given = [None if g is None else g.contiguous() for g in (grad_y, grad_y_mean, grad_x_mean)]
     inputs = [t.contiguous() for t in (x, weight, bias)]
     grads = tuple(torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
-    extension.depthwise_conv_gelu_backward(*map(pointer, (*given, *inputs, *grads)), *x.shape, *place(x))
+    where = place(x)
+    scratch: tuple[Tensor | None, ...] = (None, None)
+    if where[1] >= 0:
+        sums = extension.depthwise_conv_gelu_partials(x.shape[0], x.shape[3])
+        scratch = torch.empty_like(inputs[0]), x.new_empty(sums, dtype=torch.float32)
+    extension.depthwise_conv_gelu_backward(*map(pointer, (*given, *inputs, *grads, *scratch)), *x.shape, *where)
     return grads
 
 

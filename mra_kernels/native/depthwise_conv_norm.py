@@ -47,10 +47,15 @@ def backward(
     grad_y, x, weight, bias, norm_weight = (t.contiguous() for t in (grad_y, x, weight, bias, norm_weight))
     inputs = (x, weight, bias, norm_weight, norm_bias)
     grads = tuple(torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+    where = place(x)
+    scratch: tuple[Tensor | None, ...] = (None, None)
+    if where[1] >= 0:
+        sums = extension.depthwise_conv_norm_partials(*x.shape)
+        scratch = torch.empty_like(x), x.new_empty(sums, dtype=torch.float32)
     extension.depthwise_conv_norm_backward(
-        *map(pointer, (grad_y, x, weight, bias, norm_weight, mean, rstd, *grads)),
+        *map(pointer, (grad_y, x, weight, bias, norm_weight, mean, rstd, *grads, *scratch)),
         *x.shape,
-        *place(x),
+        *where,
     )
     return grads
 
