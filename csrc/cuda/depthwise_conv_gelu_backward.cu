@@ -1,12 +1,11 @@
 // Backward of depthwise_conv_gelu: convolves again, turns that into the gradient of the convolution's output, and takes
 // it through the convolution. The scratch `partial` serves the input's mean first, then the taps' sums.
-#include "cuda/depthwise_conv_gelu_backward.cuh"
-
 #include <algorithm>
 
 #include "common/launch_cuda.h"
 #include "common/with_type.h"
 #include "cuda/depthwise_conv7.h"
+#include "cuda/depthwise_conv_gelu_backward.cuh"
 #include "cuda/depthwise_weight_gradient.h"
 
 namespace mra::cuda {

@@ -18,9 +18,9 @@ __device__ __forceinline__ float gelu_slope(float x) {
   return fmaf(0.5f, erff(x * 0.707106781f), 0.5f) + tail;
 }
 
-// grad_conv: [B, H, W, C] holds the convolution's output and gets its gradient, (grad_y + share * grad_y_mean) times the
-// slope; grad_y: the same, grad_y_mean: [B, C]; null for zeros. Grid: x covers a row's W * C / kCount vectors, y strides
-// over the B * H rows.
+// grad_conv: [B, H, W, C] holds the convolution's output and gets its gradient, (grad_y + share * grad_y_mean) times
+// the slope; grad_y: the same, grad_y_mean: [B, C]; null for zeros. Grid: x covers a row's W * C / kCount vectors, y
+// strides over the B * H rows.
 template <class T, int kCount>
 __global__ void __launch_bounds__(kGeluThreads)
     gelu_gradient_kernel(const T* __restrict__ grad_y, const float* __restrict__ grad_y_mean, T* __restrict__ grad_conv,

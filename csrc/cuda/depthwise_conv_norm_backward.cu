@@ -1,7 +1,8 @@
-// Backward of depthwise_conv_norm: convolves again, turns grad_y into the gradient of the convolution's output where that
-// lies, and takes it through the convolution. The scratch `partial` serves the sums of both, one after the other.
+// Backward of depthwise_conv_norm: convolves again, turns grad_y into the gradient of the convolution's output where
+// that lies, and takes it through the convolution. The scratch `partial` serves the sums of both, one after the other.
 //
-// Bytes: 9 maps of B * H * W * C elements; 6 * 49 FLOPs an element: bound by the multiply-adds of the three convolutions.
+// Bytes: 9 maps of B * H * W * C elements; 6 * 49 FLOPs an element: bound by the multiply-adds of the three
+// convolutions.
 #include <algorithm>
 
 #include "common/launch_cuda.h"
@@ -28,8 +29,8 @@ void depthwise_conv_norm_backward(const DepthwiseConvNormBackward& a) {
     depthwise_conv7({a.grad_conv, a.weight, nullptr, nullptr, a.grad_x, a.batch, a.height, a.width, a.channels,
                      /*flipped=*/true, a.dtype, stream});
   }
-  depthwise_weight_gradient({a.grad_conv, a.x, a.grad_weight, nullptr, a.partial, a.batch, a.height, a.width,
-                             a.channels, a.dtype, stream});
+  depthwise_weight_gradient(
+      {a.grad_conv, a.x, a.grad_weight, nullptr, a.partial, a.batch, a.height, a.width, a.channels, a.dtype, stream});
 }
 
 }  // namespace mra::cuda

@@ -2,12 +2,12 @@
 //   grad_weight[c, i, j] = sum over b, y, x of grad[b, y, x, c] * input[b, y + i - 3, x + j - 3, c],
 //   grad_bias[c] = sum over b, y, x of grad[b, y, x, c].
 //
-// Work: a lane owns two channels and all their 49 sums, a warp a few columns of the gradient, which it marches down. For
-// each row of the input it loads the columns' ten values once and multiplies them with the seven rows of the gradient
-// that see them, which wait in registers: a window of seven rows whose oldest gives way to the next, so that loops are
-// unrolled by seven and every index is known to the compiler. Rows come through a ring in shared memory, filled by
-// asynchronous copies six rows ahead. Blocks cut the rows of the *input* among themselves: then each row meets all its
-// seven, and the only thing done twice is to load six rows of the gradient at each block's start.
+// Work: a lane owns two channels and all their 49 sums, a warp a few columns of the gradient, which it marches down.
+// For each row of the input it loads the columns' ten values once and multiplies them with the seven rows of the
+// gradient that see them, which wait in registers: a window of seven rows whose oldest gives way to the next, so that
+// loops are unrolled by seven and every index is known to the compiler. Rows come through a ring in shared memory,
+// filled by asynchronous copies six rows ahead. Blocks cut the rows of the *input* among themselves: then each row
+// meets all its seven, and the only thing done twice is to load six rows of the gradient at each block's start.
 //
 // Every block leaves its 50 sums a channel in scratch; a second kernel adds them in a fixed order: bitwise repeatable.
 //
@@ -45,20 +45,20 @@ struct WeightGradientMaps {
   int height, width, channels, strips;
 };
 
-// A block's way through its rows of work, a step at a time. At the top of each strip, and at its start, it makes six
-// steps that only fill the window.
+// A block's way through its rows of work, a step at a time. At the top of each strip, and at its start, it makes `lead`
+// steps that only fill registers.
 struct WeightGradientWalk {
   int y, lead;
 
   __device__ __forceinline__ bool fills() const { return lead > 0; }
 
-  // Whether a strip was left.
-  __device__ __forceinline__ bool advance(int height) {
+  // Whether a strip was left. height: rows of work of a strip.
+  __device__ __forceinline__ bool advance(int height, int new_lead) {
     if (lead > 0) {
       --lead;
     } else if (++y == height) {
       y = 0;
-      lead = kTaps - 1;
+      lead = new_lead;
       return true;
     }
     return false;
@@ -108,7 +108,7 @@ struct WeightGradientCopies {
     const int column = strip * Tile::kColumns, y = walk.y - walk.lead;
     if (!walk.fills()) copy_row<Tile::kInputs>(slot, x, y, column - kHalo);
     copy_row<Tile::kColumns>(slot + Tile::kInputs * kBlockChannels, grad, y + kHalo, column);
-    if (walk.advance(maps.height) && ++strip == maps.strips) {
+    if (walk.advance(maps.height, kTaps - 1) && ++strip == maps.strips) {
       strip = 0;
       ++b;
     }
@@ -157,7 +157,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
   }
 
   Floats<2> sums[kSums] = {};
-  Floats<2> window[kTaps][Tile::kPixels] = {};  // rows of the gradient: the last one in `phase`, the one before below it
+  Floats<2> window[kTaps][Tile::kPixels] =
+      {};  // rows of the gradient: the last one in `phase`, the one before below it
   const T* mine = ring + threadIdx.x / 32 * Tile::kPixels * kBlockChannels + 2 * lane;
   for (int begin = 0; begin < steps; begin += kTaps) {
 #pragma unroll
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
             }
           }
         }
-        walk.advance(maps.height);
+        walk.advance(maps.height, kTaps - 1);
       }
     }
   }
@@ -215,8 +216,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
 
 constexpr int kSliceChannels = 32, kSlices = 8;
 
-// Adds the blocks' sums. Grid: x covers the channels, y the kSums sums; each of a block's slices adds every eighth part.
-// grad_weight: [C, 7, 7], grad_bias: [C], each or null.
+// Adds the blocks' sums. Grid: x covers the channels, y the kSums sums; each of a block's slices adds every eighth
+// part. grad_weight: [C, 7, 7], grad_bias: [C], each or null.
 template <class T>
 __global__ void __launch_bounds__(kSliceChannels* kSlices)
     depthwise_weight_gradient_sum_kernel(const float* __restrict__ partial, T* __restrict__ grad_weight,
