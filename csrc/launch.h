@@ -129,6 +129,7 @@ struct NormPatchifyBackward {
   void* grad_x;             // [B, H, W, C]; the last row and column of an odd map are zero
   void* grad_norm_weight;   // [C]
   void* grad_norm_bias;     // [C]
+  float* partial;           // CUDA: scratch of layer_norm_partials(B * H * W, C) floats
   int64_t batch, height, width, channels;
   DType dtype;
   Place place;
@@ -236,6 +237,11 @@ namespace cuda {
 // Throw std::runtime_error with CUDA's own message.
 void gated_resample_add_forward(const GatedResampleAddForward&);
 void gated_resample_add_backward(const GatedResampleAddBackward&);
+void norm_patchify_forward(const NormPatchifyForward&);
+void norm_patchify_backward(const NormPatchifyBackward&);
+
+// How many floats of scratch sums over rows take: the same for every device, so that they are the same sums.
+int64_t layer_norm_partials(int64_t rows, int64_t channels);
 }  // namespace cuda
 
 }  // namespace mra
