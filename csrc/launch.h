@@ -138,9 +138,10 @@ struct NormPatchifyBackward {
 // What follows the product; the product itself is the library's.
 struct LinearGeluForward {
   const void* product;        // [B, L, N], x W^T + b; or null where y holds the activation already
-  void* y;                    // [B, L, N], GELU(product)
+  void* y;                    // [B, L, N], GELU(product); may be the product's memory
   const float* mean_weights;  // [L], or null
   float* y_mean;              // [B, N], sum_l mean_weights[l] y[b, l]; null with mean_weights
+  float* partial;             // CUDA: scratch of linear_gelu_partials(B, L, N) floats; null with mean_weights
   int64_t batch, positions, channels;
   DType dtype;
   Place place;
@@ -154,6 +155,7 @@ struct LinearGeluBackward {
   const float* mean_weights;  // [L], or null
   void* grad_product;         // [B, L, N]
   void* grad_bias;            // [N]
+  float* partial;             // CUDA: scratch of linear_gelu_partials(B, L, N) floats; (1, B * L, N) without a mean
   int64_t batch, positions, channels;
   DType dtype;
   Place place;
@@ -178,6 +180,7 @@ struct LinearScaleResidualBackward {
   void* grad_product;   // [rows, N]
   void* grad_bias;      // [N]
   void* grad_scale;     // [N]
+  float* partial;       // CUDA: scratch of linear_scale_residual_partials(rows, N) floats
   int64_t rows, channels;
   DType dtype;
   Place place;
@@ -237,11 +240,17 @@ namespace cuda {
 // Throw std::runtime_error with CUDA's own message.
 void gated_resample_add_forward(const GatedResampleAddForward&);
 void gated_resample_add_backward(const GatedResampleAddBackward&);
+void linear_gelu_forward(const LinearGeluForward&);
+void linear_gelu_backward(const LinearGeluBackward&);
+void linear_scale_residual_forward(const LinearScaleResidualForward&);
+void linear_scale_residual_backward(const LinearScaleResidualBackward&);
 void norm_patchify_forward(const NormPatchifyForward&);
 void norm_patchify_backward(const NormPatchifyBackward&);
 
 // How many floats of scratch sums over rows take: the same for every device, so that they are the same sums.
 int64_t layer_norm_partials(int64_t rows, int64_t channels);
+int64_t linear_gelu_partials(int64_t groups, int64_t rows, int64_t channels);
+int64_t linear_scale_residual_partials(int64_t rows, int64_t channels);
 }  // namespace cuda
 
 }  // namespace mra

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
       });
     }
   }
-  if (mine != nullptr) sums.write(mine, channels);
+  if (mine != nullptr) sums.write(mine, channels, channels);
 }
 
 }  // namespace mra::cuda

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <string>
 
 #include "common/launch_cuda.h"
 #include "common/partial_sums.cuh"
@@ -14,13 +13,6 @@ namespace mra::cuda {
 
 // Blocks of the backward kernel: two for each SM of an H200, of at least 8 rows.
 inline int layer_norm_blocks(int64_t rows) { return static_cast<int>(std::min<int64_t>(264, (rows + 7) / 8)); }
-
-inline int check_channels(const char* op, int64_t channels) {
-  if (channels >= INT32_MAX) {
-    throw std::runtime_error(std::string(op) + ": " + std::to_string(channels) + " channels; must stay under 2^31");
-  }
-  return static_cast<int>(channels);
-}
 
 template <class Order>
 void launch_layer_norm(const LayerNormRows& a, Order order) {
