@@ -137,7 +137,7 @@ struct NormPatchifyBackward {
 
 // What follows the product; the product itself is the library's.
 struct LinearGeluForward {
-  const void* product;        // [B, L, N], x W^T + b; or null where y holds the activation already
+  const void* product;        // [B, L, N], x W^T + b; on a CPU null where y holds the activation already
   void* y;                    // [B, L, N], GELU(product); may be the product's memory
   const float* mean_weights;  // [L], or null
   float* y_mean;              // [B, N], sum_l mean_weights[l] y[b, l]; null with mean_weights

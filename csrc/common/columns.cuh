@@ -47,22 +47,22 @@ struct ColumnRun {
   }
 };
 
-// visit(row, v) for each of the thread's rows, in order; v: a vector of each input [rows, C], zeros where it is null.
+// visit(row, offset, v) for each of the rows, in order; offset: of its vector in a matrix [rows, C]; v: that of
+// of each input, zeros where it is null.
 template <int kCount, int kInputs, class T, class Visit>
 __device__ __forceinline__ void for_each_row(const ColumnRun& run, int channels, const T* const (&inputs)[kInputs],
                                              Visit visit) {
   constexpr int kRowsAhead = kColumnLoads / kInputs;
-  for (int64_t row = run.first; row < run.last; row += kRowsAhead * kColumnRows) {
+  const int64_t step = int64_t{kColumnRows} * channels;
+  int64_t offset = run.first * channels + run.column;
+  for (int64_t row = run.first; row < run.last; row += kRowsAhead * kColumnRows, offset += kRowsAhead * step) {
     Packed<T, kCount> raw[kRowsAhead][kInputs];
 #pragma unroll
     for (int a = 0; a < kRowsAhead; ++a) {
-      const int64_t offset = (row + a * kColumnRows) * channels + run.column;
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) {
         raw[a][i] = {};
-        if (row + a * kColumnRows < run.last && inputs[i] != nullptr) {
-          raw[a][i].load(inputs[i] + offset);
-        }
+        if (row + a * kColumnRows < run.last && inputs[i] != nullptr) raw[a][i].load(inputs[i] + offset + a * step);
       }
     }
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ __forceinline__ void for_each_row(const ColumnRun& run, int channels,
       Floats<kCount> v[kInputs];
 #pragma unroll
       for (int i = 0; i < kInputs; ++i) v[i] = raw[a][i].floats();
-      visit(row + a * kColumnRows, v);
+      visit(row + a * kColumnRows, offset + a * step, v);
     }
   }
 }

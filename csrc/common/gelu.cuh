@@ -2,6 +2,8 @@
 // would bind the kernels that apply it to a map by arithmetic instead of by memory.
 #pragma once
 
+#include "common/approximate.cuh"
+
 namespace mra::cuda {
 
 // What both need of x: the Gaussian's tail Phi(-|x|), within 3e-7 relative, and exp(-x^2 / 2).
@@ -12,7 +14,7 @@ struct Gaussian {
 // Phi(-|x|) = exp(-x^2 / 2) t P(t) with t = 1 / (1 + 0.3 |x|); P fitted to equal relative ripple for |x| up to 14. Both
 // results become 0 far out, and NaN for a NaN.
 __device__ __forceinline__ Gaussian gaussian(float x) {
-  const float t = __fdividef(1.0f, fmaf(0.3f, fabsf(x), 1.0f));
+  const float t = approximate_reciprocal(fmaf(0.3f, fabsf(x), 1.0f));
   float p = 0.03567487746f;
   p = fmaf(p, t, -0.1572034955f);
   p = fmaf(p, t, 0.2063541859f);
@@ -21,7 +23,7 @@ __device__ __forceinline__ Gaussian gaussian(float x) {
   p = fmaf(p, t, 0.09991341084f);
   p = fmaf(p, t, 0.1207539663f);
   p = fmaf(p, t, 0.1196293011f);
-  const float bell = __expf(-0.5f * x * x);
+  const float bell = approximate_exp2(-0.7213475204f * x * x);  // log2(e) / 2
   return {p * t * bell, bell};
 }
 

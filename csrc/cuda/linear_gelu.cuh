@@ -15,22 +15,21 @@
 
 namespace mra::cuda {
 
-// Groups are pictures where there is a mean, otherwise all rows are one. product may be y, or null where y holds the
-// activation; partial: [groups * runs, C], null without a mean.
+// Groups are pictures where there is a mean, otherwise all rows are one. product may be y; partial: [groups * runs, C],
+// null without a mean.
+// null without a mean.
 template <class T, int kCount>
 __global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
     linear_gelu_kernel(const T* product, T* y, const float* __restrict__ mean_weights, float* __restrict__ partial,
                        int channels, Runs runs) {
   const ColumnRun run = ColumnRun::mine<kCount>(runs, channels);
-  const T* const inputs[] = {product != nullptr ? product : y};
+  const T* const inputs[] = {product};
   ColumnSums<kCount, 1, 1> sums;
-  for_each_row<kCount>(run, channels, inputs, [&](int64_t row, const Floats<kCount>(&v)[1]) {
+  for_each_row<kCount>(run, channels, inputs, [&](int64_t row, int64_t offset, const Floats<kCount>(&v)[1]) {
     Elements<T, kCount> out;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      from_float(product != nullptr ? gelu(v[0].values[j]) : v[0].values[j], out.values[j]);
-    }
-    if (product != nullptr) *reinterpret_cast<Elements<T, kCount>*>(y + row * channels + run.column) = out;
+    for (int j = 0; j < kCount; ++j) from_float(gelu(v[0].values[j]), out.values[j]);
+    *reinterpret_cast<Elements<T, kCount>*>(y + offset) = out;
     if (partial == nullptr) return;
     const float weight = mean_weights[row - run.group * runs.rows];
 #pragma unroll
@@ -54,7 +53,7 @@ __global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
     of_mean = load<kCount>(grad_y_mean + run.group * channels + run.column);
   }
   ColumnSums<kCount, 1, 1> sums;
-  for_each_row<kCount>(run, channels, inputs, [&](int64_t row, const Floats<kCount>(&v)[2]) {
+  for_each_row<kCount>(run, channels, inputs, [&](int64_t row, int64_t offset, const Floats<kCount>(&v)[2]) {
     const float weight = grad_y_mean != nullptr ? mean_weights[row - run.group * runs.rows] : 0.0f;
     Floats<kCount> grad;
 #pragma unroll
@@ -62,7 +61,7 @@ __global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
       grad.values[j] = fmaf(weight, of_mean.values[j], v[1].values[j]) * gelu_slope(v[0].values[j]);
       sums.values[0][0][j] += grad.values[j];
     }
-    store<kCount>(grad_product + row * channels + run.column, grad);
+    store<kCount>(grad_product + offset, grad);
   });
   if (partial != nullptr) write_partial(sums, run, channels, partial);
 }

@@ -21,11 +21,11 @@ __global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
   if (run.column >= channels) return;
   const T* const inputs[] = {product, residual};
   const Floats<kCount> factor = load<kCount>(scale + run.column);
-  for_each_row<kCount>(run, channels, inputs, [&](int64_t row, const Floats<kCount>(&v)[2]) {
+  for_each_row<kCount>(run, channels, inputs, [&](int64_t, int64_t offset, const Floats<kCount>(&v)[2]) {
     Floats<kCount> out;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) out.values[j] = fmaf(factor.values[j], v[0].values[j], v[1].values[j]);
-    store<kCount>(y + row * channels + run.column, out);
+    store<kCount>(y + offset, out);
   });
 }
 
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
   Floats<kCount> factor = {};
   if (run.column < channels) factor = load<kCount>(scale + run.column);
   ColumnSums<kCount, 1, 2> sums;
-  for_each_row<kCount>(run, channels, inputs, [&](int64_t row, const Floats<kCount>(&v)[2]) {
+  for_each_row<kCount>(run, channels, inputs, [&](int64_t, int64_t offset, const Floats<kCount>(&v)[2]) {
     Floats<kCount> scaled;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
       sums.values[0][0][j] += scaled.values[j];
       sums.values[1][0][j] = fmaf(v[0].values[j], v[1].values[j], sums.values[1][0][j]);
     }
-    store<kCount>(grad_product + row * channels + run.column, scaled);
+    store<kCount>(grad_product + offset, scaled);
   });
   if (partial != nullptr) write_partial(sums, run, channels, partial);
 }
