@@ -114,8 +114,8 @@ PYBIND11_MODULE(_C, m) {
              MRA_CUDA_KERNEL(linear_scale_residual_backward));
   bind<6, 4, float>(m, "norm_patchify_forward", norm_patchify_forward, MRA_CUDA_KERNEL(norm_patchify_forward));
   bind<9, 4>(m, "norm_patchify_backward", norm_patchify_backward, MRA_CUDA_KERNEL(norm_patchify_backward));
-  bind<8, 6, float>(m, "patch_conv_norm_forward", patch_conv_norm_forward);
-  bind<7, 2, float>(m, "patch_conv_norm_backward", patch_conv_norm_backward);
+  bind<8, 6, float>(m, "patch_conv_norm_forward", patch_conv_norm_forward, MRA_CUDA_KERNEL(patch_conv_norm_forward));
+  bind<8, 2, float>(m, "patch_conv_norm_backward", patch_conv_norm_backward, MRA_CUDA_KERNEL(patch_conv_norm_backward));
 #ifdef MRA_CUDA
   m.def("layer_norm_partials", mra::cuda::layer_norm_partials);
   m.def("linear_gelu_partials", mra::cuda::linear_gelu_partials);

@@ -101,6 +101,7 @@ struct PatchConvNormBackward {
   void* grad_bias;          // [C]
   void* grad_norm_weight;   // [C]
   void* grad_norm_bias;     // [C]
+  float* partial;           // CUDA: scratch of layer_norm_partials(rows, C) floats
   int64_t rows, channels;
   float eps;
   DType dtype;
@@ -246,6 +247,8 @@ void linear_scale_residual_forward(const LinearScaleResidualForward&);
 void linear_scale_residual_backward(const LinearScaleResidualBackward&);
 void norm_patchify_forward(const NormPatchifyForward&);
 void norm_patchify_backward(const NormPatchifyBackward&);
+void patch_conv_norm_forward(const PatchConvNormForward&);
+void patch_conv_norm_backward(const PatchConvNormBackward&);
 
 // How many floats of scratch sums over rows take: the same for every device, so that they are the same sums.
 int64_t layer_norm_partials(int64_t rows, int64_t channels);
