@@ -12,7 +12,7 @@
 
 namespace mra::cuda {
 
-constexpr int kColumns = 32, kColumnRows = 8;
+constexpr int kColumns = 32, kColumnRows = 8, kColumnThreads = kColumns * kColumnRows;
 constexpr int kColumnBlocks = 4;  // resident on an SM
 constexpr int kColumnLoads = 4;   // of a thread, at once
 
@@ -78,8 +78,8 @@ __device__ __forceinline__ void for_each_row(const ColumnRun& run, int channels,
 
 // Adds up a block's sums and writes them where its run's are: partial: [groups * runs, kSums, C].
 template <int kCount, int kSums>
-__device__ __forceinline__ void write_partial(const ColumnSums<kCount, 1, kSums>& sums, const ColumnRun& run,
-                                              int channels, float* partial) {
+__device__ __forceinline__ void write_partial(const ColumnSums<kColumnThreads, kCount, 1, kSums>& sums,
+                                              const ColumnRun& run, int channels, float* partial) {
   // The block's first channel.
   const int tile = run.column - static_cast<int>(threadIdx.x) * kCount;
   sums.write(partial + run.part * kSums * channels + tile, channels, channels - tile);

@@ -1,6 +1,6 @@
 // Rows of C elements held by groups of threads: who reads which 16 bytes, sums over a row, and sums over many rows.
 //
-// A block is blockDim.x threads for a row (a power of two, up to 256) times blockDim.y rows. Thread x of a row owns its
+// A block is blockDim.x threads for a row (a power of two, up to 128) times blockDim.y rows. Thread x of a row owns its
 // vectors x, x + blockDim.x, ...; the first few stay in registers, and what goes beyond is read again.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace mra::cuda {
 
-constexpr int kRowThreads = 256;
+constexpr int kRowThreads = 128;
 
 // How many threads share a row of `vectors` so that each holds `kept` of them.
 inline int threads_of_row(int64_t vectors, int kept) {
@@ -109,14 +109,14 @@ __device__ __forceinline__ void row_sum(float (&v)[kSums]) {
 }
 
 // A thread's sums over rows of what its kept vectors' channels contribute, kSums for each channel.
-template <int kCount, int kKept, int kSums>
+template <int kThreads, int kCount, int kKept, int kSums>
 struct ColumnSums {
   float values[kSums][kKept][kCount] = {};
 
   // Adds the block's rows up in order and writes the first `columns` channels of each sum, `stride` apart. All threads
   // of the block call it.
   __device__ __forceinline__ void write(float* out, int64_t stride, int columns) const {
-    __shared__ __align__(16) float buffer[kRowThreads * kKept * kCount];  // [rows of the block, width]
+    __shared__ __align__(16) float buffer[kThreads * kKept * kCount];  // [rows of the block, width]
     const int width = kKept * blockDim.x * kCount;
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
@@ -128,7 +128,7 @@ struct ColumnSums {
         for (int j = 0; j < kCount; ++j) mine[j] = values[s][k][j];
       }
       __syncthreads();
-      for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < min(width, columns); c += kRowThreads) {
+      for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < min(width, columns); c += kThreads) {
         float total = 0;
         for (int row = 0; row < static_cast<int>(blockDim.y); ++row) total += buffer[row * width + c];
         out[s * stride + c] = total;

@@ -19,12 +19,12 @@ namespace mra::cuda {
 // null without a mean.
 // null without a mean.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
+__global__ void __launch_bounds__(kColumnThreads, kColumnBlocks)
     linear_gelu_kernel(const T* product, T* y, const float* __restrict__ mean_weights, float* __restrict__ partial,
                        int channels, Runs runs) {
   const ColumnRun run = ColumnRun::mine<kCount>(runs, channels);
   const T* const inputs[] = {product};
-  ColumnSums<kCount, 1, 1> sums;
+  ColumnSums<kColumnThreads, kCount, 1, 1> sums;
   for_each_row<kCount>(run, channels, inputs, [&](int64_t row, int64_t offset, const Floats<kCount>(&v)[1]) {
     Elements<T, kCount> out;
 #pragma unroll
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
 
 // Groups as above. grad_y or grad_y_mean may be null; partial: [groups * runs, C], or null.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
+__global__ void __launch_bounds__(kColumnThreads, kColumnBlocks)
     linear_gelu_backward_kernel(const T* __restrict__ grad_y, const float* __restrict__ grad_y_mean,
                                 const T* __restrict__ product, const float* __restrict__ mean_weights,
                                 T* __restrict__ grad_product, float* __restrict__ partial, int channels, Runs runs) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
   if (grad_y_mean != nullptr && run.column < channels) {
     of_mean = load<kCount>(grad_y_mean + run.group * channels + run.column);
   }
-  ColumnSums<kCount, 1, 1> sums;
+  ColumnSums<kColumnThreads, kCount, 1, 1> sums;
   for_each_row<kCount>(run, channels, inputs, [&](int64_t row, int64_t offset, const Floats<kCount>(&v)[2]) {
     const float weight = grad_y_mean != nullptr ? mean_weights[row - run.group * runs.rows] : 0.0f;
     Floats<kCount> grad;

@@ -14,7 +14,7 @@ namespace mra::cuda {
 
 // y may be product.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
+__global__ void __launch_bounds__(kColumnThreads, kColumnBlocks)
     linear_scale_residual_kernel(const T* product, const T* __restrict__ scale, const T* __restrict__ residual, T* y,
                                  int channels, Runs runs) {
   const ColumnRun run = ColumnRun::mine<kCount>(runs, channels);
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
 
 // product: null where no gradient of the scale is wanted. partial: [runs, 2, C], for the bias and the scale; or null.
 template <class T, int kCount>
-__global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
+__global__ void __launch_bounds__(kColumnThreads, kColumnBlocks)
     linear_scale_residual_backward_kernel(const T* __restrict__ grad_y, const T* __restrict__ scale,
                                           const T* __restrict__ product, T* __restrict__ grad_product,
                                           float* __restrict__ partial, int channels, Runs runs) {
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kRowThreads, kColumnBlocks)
   const T* const inputs[] = {grad_y, product};
   Floats<kCount> factor = {};
   if (run.column < channels) factor = load<kCount>(scale + run.column);
-  ColumnSums<kCount, 1, 2> sums;
+  ColumnSums<kColumnThreads, kCount, 1, 2> sums;
   for_each_row<kCount>(run, channels, inputs, [&](int64_t, int64_t offset, const Floats<kCount>(&v)[2]) {
     Floats<kCount> scaled;
 #pragma unroll
