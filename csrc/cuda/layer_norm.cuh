@@ -4,11 +4,13 @@
 // once: 8 threads for 192 channels of 16 bits, 64 for 1536. A row too long for that is read again, from cache. Where an
 // address or C does not allow 16 bytes, a vector is one element.
 // Forward reads and writes each element once: 4 C bytes a row in 16 bits, about 22 instructions an element, bound by
-// memory. 1024 x 1024 pixels at batch 1: 50 MB for 65536 x 192, 25 for 16384 x 384, 13 for 4096 x 768, 6 for 1024 x 1536.
+// memory. 1024 x 1024 pixels at batch 1: 50 MB for 65536 x 192, 25 for 16384 x 384, 13 for 4096 x 768, 6 for
+// 1024 x 1536.
 //
 // Backward moves 6 C bytes a row in 16 bits, about 30 instructions an element, bound by memory as well. A block takes a
 // run of rows and keeps the sums over them (of the gradients of weight and bias, and of x) in registers: 24 channels x
-// 3 sums a thread. Each block writes its own, and a second kernel adds them in order: nothing is atomic, results repeat.
+// 3 sums a thread. Each block writes its own, and a second kernel adds them in order: nothing is atomic, results
+// repeat.
 #pragma once
 
 #include "common/rows.cuh"

@@ -23,11 +23,12 @@ struct PatchGrid {
   __device__ __forceinline__ int columns() const { return width / patch; }
   __device__ __forceinline__ int depth() const { return planes * patch * patch; }
 
-  // Pixel (0, 0) of plane 0 of a patch.
-  __device__ __forceinline__ const T* at(int64_t index) const {
-    const int64_t row = index / columns(), b = row / rows();
-    const int64_t y = (row - b * rows()) * patch, x = (index - row * columns()) * patch;
-    return pixels + (b * planes * height + y) * width + x;
+  // Pixel (0, 0) of plane 0 of a patch. Division is slow in 64 bits.
+  template <class Index>
+  __device__ __forceinline__ const T* at(Index index) const {
+    const Index row = index / columns(), b = row / rows();
+    const Index y = (row - b * rows()) * patch, x = (index - row * columns()) * patch;
+    return pixels + (static_cast<int64_t>(b) * planes * height + y) * width + x;
   }
   // Step k of a patch's K, in the order of a weight [C, P, k, k].
   __device__ __forceinline__ int64_t offset(int k) const {
