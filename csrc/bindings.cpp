@@ -108,16 +108,21 @@ PYBIND11_MODULE(_C, m) {
   bind<4, 6>(m, "gated_resample_add_forward", gated_resample_add_forward, MRA_CUDA_KERNEL(gated_resample_add_forward));
   bind<6, 6>(m, "gated_resample_add_backward", gated_resample_add_backward,
              MRA_CUDA_KERNEL(gated_resample_add_backward));
-  bind<4, 3>(m, "linear_gelu_forward", linear_gelu_forward);
-  bind<6, 3>(m, "linear_gelu_backward", linear_gelu_backward);
-  bind<4, 2>(m, "linear_scale_residual_forward", linear_scale_residual_forward);
-  bind<6, 2>(m, "linear_scale_residual_backward", linear_scale_residual_backward);
-  bind<6, 4, float>(m, "norm_patchify_forward", norm_patchify_forward);
-  bind<8, 4>(m, "norm_patchify_backward", norm_patchify_backward);
-  bind<8, 6, float>(m, "patch_conv_norm_forward", patch_conv_norm_forward);
-  bind<7, 2, float>(m, "patch_conv_norm_backward", patch_conv_norm_backward);
+  bind<5, 3>(m, "linear_gelu_forward", linear_gelu_forward, MRA_CUDA_KERNEL(linear_gelu_forward));
+  bind<7, 3>(m, "linear_gelu_backward", linear_gelu_backward, MRA_CUDA_KERNEL(linear_gelu_backward));
+  bind<4, 2>(m, "linear_scale_residual_forward", linear_scale_residual_forward,
+             MRA_CUDA_KERNEL(linear_scale_residual_forward));
+  bind<7, 2>(m, "linear_scale_residual_backward", linear_scale_residual_backward,
+             MRA_CUDA_KERNEL(linear_scale_residual_backward));
+  bind<6, 4, float>(m, "norm_patchify_forward", norm_patchify_forward, MRA_CUDA_KERNEL(norm_patchify_forward));
+  bind<9, 4>(m, "norm_patchify_backward", norm_patchify_backward, MRA_CUDA_KERNEL(norm_patchify_backward));
+  bind<8, 6, float>(m, "patch_conv_norm_forward", patch_conv_norm_forward, MRA_CUDA_KERNEL(patch_conv_norm_forward));
+  bind<8, 2, float>(m, "patch_conv_norm_backward", patch_conv_norm_backward, MRA_CUDA_KERNEL(patch_conv_norm_backward));
 #ifdef MRA_CUDA
   m.def("depthwise_conv_gelu_partials", mra::cuda::depthwise_conv_gelu_partials);
   m.def("depthwise_conv_norm_partials", mra::cuda::depthwise_conv_norm_partials);
+  m.def("layer_norm_partials", mra::cuda::layer_norm_partials);
+  m.def("linear_gelu_partials", mra::cuda::linear_gelu_partials);
+  m.def("linear_scale_residual_partials", mra::cuda::linear_scale_residual_partials);
 #endif
 }

@@ -105,6 +105,7 @@ struct PatchConvNormBackward {
   void* grad_bias;          // [C]
   void* grad_norm_weight;   // [C]
   void* grad_norm_bias;     // [C]
+  float* partial;           // CUDA: scratch of layer_norm_partials(rows, C) floats
   int64_t rows, channels;
   float eps;
   DType dtype;
@@ -133,6 +134,7 @@ struct NormPatchifyBackward {
   void* grad_x;             // [B, H, W, C]; the last row and column of an odd map are zero
   void* grad_norm_weight;   // [C]
   void* grad_norm_bias;     // [C]
+  float* partial;           // CUDA: scratch of layer_norm_partials(B * H * W, C) floats
   int64_t batch, height, width, channels;
   DType dtype;
   Place place;
@@ -140,10 +142,11 @@ struct NormPatchifyBackward {
 
 // What follows the product; the product itself is the library's.
 struct LinearGeluForward {
-  const void* product;        // [B, L, N], x W^T + b; or null where y holds the activation already
-  void* y;                    // [B, L, N], GELU(product)
+  const void* product;        // [B, L, N], x W^T + b; on a CPU null where y holds the activation already
+  void* y;                    // [B, L, N], GELU(product); may be the product's memory
   const float* mean_weights;  // [L], or null
   float* y_mean;              // [B, N], sum_l mean_weights[l] y[b, l]; null with mean_weights
+  float* partial;             // CUDA: scratch of linear_gelu_partials(B, L, N) floats; null with mean_weights
   int64_t batch, positions, channels;
   DType dtype;
   Place place;
@@ -157,6 +160,7 @@ struct LinearGeluBackward {
   const float* mean_weights;  // [L], or null
   void* grad_product;         // [B, L, N]
   void* grad_bias;            // [N]
+  float* partial;             // CUDA: scratch of linear_gelu_partials(B, L, N) floats; (1, B * L, N) without a mean
   int64_t batch, positions, channels;
   DType dtype;
   Place place;
@@ -181,6 +185,7 @@ struct LinearScaleResidualBackward {
   void* grad_product;   // [rows, N]
   void* grad_bias;      // [N]
   void* grad_scale;     // [N]
+  float* partial;       // CUDA: scratch of linear_scale_residual_partials(rows, N) floats
   int64_t rows, channels;
   DType dtype;
   Place place;
@@ -242,10 +247,21 @@ void depthwise_conv_gelu_backward(const DepthwiseConvGeluBackward&);
 void depthwise_conv_norm_backward(const DepthwiseConvNormBackward&);
 void gated_resample_add_forward(const GatedResampleAddForward&);
 void gated_resample_add_backward(const GatedResampleAddBackward&);
+void linear_gelu_forward(const LinearGeluForward&);
+void linear_gelu_backward(const LinearGeluBackward&);
+void linear_scale_residual_forward(const LinearScaleResidualForward&);
+void linear_scale_residual_backward(const LinearScaleResidualBackward&);
+void norm_patchify_forward(const NormPatchifyForward&);
+void norm_patchify_backward(const NormPatchifyBackward&);
+void patch_conv_norm_forward(const PatchConvNormForward&);
+void patch_conv_norm_backward(const PatchConvNormBackward&);
 
-// Floats of scratch that these backwards need, on whatever device.
+// How many floats of scratch sums over rows take: the same for every device, so that they are the same sums.
 int64_t depthwise_conv_gelu_partials(int64_t batch, int64_t channels);
 int64_t depthwise_conv_norm_partials(int64_t batch, int64_t height, int64_t width, int64_t channels);
+int64_t layer_norm_partials(int64_t rows, int64_t channels);
+int64_t linear_gelu_partials(int64_t groups, int64_t rows, int64_t channels);
+int64_t linear_scale_residual_partials(int64_t rows, int64_t channels);
 }  // namespace cuda
 
 }  // namespace mra

@@ -1,4 +1,9 @@
-// The tensor cores' product of one warp, for 16-bit elements and float32 sums (sm_80 and newer).
+// The tensor core's product of a warp, d += a b, in 16-bit types with float32 sums: a: [16, 16], b: [16, 8], d: [16,
+// 8].
+//
+// With g = lane / 4 and t = lane % 4, a thread has of a: columns 2t, 2t + 1 of rows g and g + 8, then columns 2t + 8,
+// 2t + 9 of both; of b: rows 2t, 2t + 1, then 2t + 8, 2t + 9 of column g; of d: columns 2t, 2t + 1 of row g, then g
+// + 8.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,25 +13,21 @@
 
 namespace mra::cuda {
 
-// sum [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4 and t = lane % 4, and two neighbors along the inner dimension
-// in a register, the lower one in its lower half: a: (row, inner) (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8);
-// b: (inner, column) (2t, g), (2t + 8, g); sum: (row, column) (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 template <class T>
-__device__ __forceinline__ void mma_16x8x16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b);
 
 template <>
-__device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&sum)[4], const uint32_t (&a)[4],
-                                                           const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
 }
 
 template <>
-__device__ __forceinline__ void mma_16x8x16<__half>(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __forceinline__ void mma<__half>(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
 }
 
 }  // namespace mra::cuda

@@ -9,24 +9,28 @@ namespace mra::cuda {
 
 constexpr int kPartialColumns = 32, kPartialSlices = 16;
 
-// out[o][c] = sum over p of partial[p, o, c]. A null out[o] is left alone.
+// out[o][g, c] = sum over p of partial[g, p, o, c]. A null out[o] is left alone.
 template <class Out, int kOutputs>
 struct PartialSums {
-  const float* partial;  // [parts, kOutputs, C]
+  const float* partial;  // [groups, parts, kOutputs, C]
   int parts, channels;
-  Out* out[kOutputs];  // [C] each
+  Out* out[kOutputs];  // [groups, C] each
+  int64_t groups = 1;
 };
 
-// One block for 32 columns of one output (grid: [C / 32, kOutputs]). A row of threads sums every 16th part.
+// One block for 32 columns of one output of one group (grid: [groups * C / 32, kOutputs]). A row of threads sums every
+// 16th part.
 template <class Out, int kOutputs>
 __global__ void __launch_bounds__(kPartialColumns* kPartialSlices)
     sum_partials_kernel(const __grid_constant__ PartialSums<Out, kOutputs> sums) {
   __shared__ float slices[kPartialSlices][kPartialColumns];
-  const int c = static_cast<int>(blockIdx.x * kPartialColumns + threadIdx.x);
+  const unsigned tiles = (sums.channels + kPartialColumns - 1) / kPartialColumns;
+  const int64_t group = blockIdx.x / tiles;
+  const int c = static_cast<int>(blockIdx.x % tiles * kPartialColumns + threadIdx.x);
   const int64_t stride = static_cast<int64_t>(kOutputs) * sums.channels;
   float total = 0;
   if (c < sums.channels) {
-    const float* column = sums.partial + static_cast<int64_t>(blockIdx.y) * sums.channels + c;
+    const float* column = sums.partial + (group * sums.parts * kOutputs + blockIdx.y) * sums.channels + c;
 #pragma unroll 8
     for (int p = threadIdx.y; p < sums.parts; p += kPartialSlices) total += column[p * stride];
   }
@@ -37,12 +41,13 @@ __global__ void __launch_bounds__(kPartialColumns* kPartialSlices)
   total = 0;
 #pragma unroll
   for (int slice = 0; slice < kPartialSlices; ++slice) total += slices[slice][threadIdx.x];
-  from_float(total, out[c]);
+  from_float(total, out[group * sums.channels + c]);
 }
 
 template <class Out, int kOutputs>
 void sum_partials(const PartialSums<Out, kOutputs>& sums, cudaStream_t stream) {
-  const dim3 grid((sums.channels + kPartialColumns - 1) / kPartialColumns, kOutputs);
+  const int64_t tiles = (sums.channels + kPartialColumns - 1) / kPartialColumns;
+  const dim3 grid(static_cast<unsigned>(tiles * sums.groups), kOutputs);
   MRA_LAUNCH((sum_partials_kernel<Out, kOutputs>), grid, dim3(kPartialColumns, kPartialSlices), 0, stream, sums);
 }
 

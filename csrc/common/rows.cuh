@@ -1,14 +1,16 @@
 // Rows of C elements held by groups of threads: who reads which 16 bytes, sums over a row, and sums over many rows.
 //
-// A block is blockDim.x threads for a row (a power of two, up to 256) times blockDim.y rows. Thread x of a row owns its
+// A block is blockDim.x threads for a row (a power of two, up to 128) times blockDim.y rows. Thread x of a row owns its
 // vectors x, x + blockDim.x, ...; the first few stay in registers, and what goes beyond is read again.
 #pragma once
+
+#include <cstring>
 
 #include "common/elements.cuh"
 
 namespace mra::cuda {
 
-constexpr int kRowThreads = 256;
+constexpr int kRowThreads = 128;
 
 // How many threads share a row of `vectors` so that each holds `kept` of them.
 inline int threads_of_row(int64_t vectors, int kept) {
@@ -17,18 +19,42 @@ inline int threads_of_row(int64_t vectors, int kept) {
   return threads;
 }
 
+// What an access moves, in as few registers as it has words: a compiler keeps 16-bit elements in one register each.
+template <int kBytes>
+struct Words;
+template <>
+struct Words<2> {
+  using Type = unsigned short;
+};
+template <>
+struct Words<4> {
+  using Type = unsigned;
+};
+template <>
+struct Words<16> {
+  using Type = uint4;
+};
+
 template <class T, int kCount>
-__device__ __forceinline__ Floats<kCount> to_floats(const Elements<T, kCount>& raw) {
-  Floats<kCount> out;
+struct Packed {
+  using Type = typename Words<kCount * sizeof(T)>::Type;
+  Type words;
+
+  __device__ __forceinline__ void load(const T* p) { words = *reinterpret_cast<const Type*>(p); }
+  __device__ __forceinline__ Floats<kCount> floats() const {
+    Elements<T, kCount> elements;
+    memcpy(&elements, &words, sizeof(Type));
+    Floats<kCount> out;
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) out.values[j] = to_float(raw.values[j]);
-  return out;
-}
+    for (int j = 0; j < kCount; ++j) out.values[j] = to_float(elements.values[j]);
+    return out;
+  }
+};
 
 // A thread's first vectors of a row, as they are in memory: half the registers of floats.
 template <class T, int kCount, int kKept>
 struct KeptRow {
-  Elements<T, kCount> values[kKept];
+  Packed<T, kCount> values[kKept];
   const T* row;
 
   // All loads are on their way before the first is waited for.
@@ -36,13 +62,13 @@ struct KeptRow {
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
       const int i = static_cast<int>(threadIdx.x + k * blockDim.x);
-      if (i < vectors) values[k] = reinterpret_cast<const Elements<T, kCount>*>(source)[i];
+      if (i < vectors) values[k].load(source + static_cast<int64_t>(i) * kCount);
     }
   }
 
   // Vector i of the row, which is the thread's k-th; k < 0 where it is not kept.
   __device__ __forceinline__ Floats<kCount> at(int i, int k) const {
-    return k < 0 ? load<kCount>(row + static_cast<int64_t>(i) * kCount) : to_floats(values[k]);
+    return k < 0 ? load<kCount>(row + static_cast<int64_t>(i) * kCount) : values[k].floats();
   }
 };
 
@@ -83,13 +109,14 @@ __device__ __forceinline__ void row_sum(float (&v)[kSums]) {
 }
 
 // A thread's sums over rows of what its kept vectors' channels contribute, kSums for each channel.
-template <int kCount, int kKept, int kSums>
+template <int kThreads, int kCount, int kKept, int kSums>
 struct ColumnSums {
   float values[kSums][kKept][kCount] = {};
 
-  // Adds the block's rows up in order and writes out: [kSums, C]. All threads of the block call it.
-  __device__ __forceinline__ void write(float* out, int channels) {
-    __shared__ __align__(16) float buffer[kRowThreads * kKept * kCount];  // [rows of the block, width]
+  // Adds the block's rows up in order and writes the first `columns` channels of each sum, `stride` apart. All threads
+  // of the block call it.
+  __device__ __forceinline__ void write(float* out, int64_t stride, int columns) const {
+    __shared__ __align__(16) float buffer[kThreads * kKept * kCount];  // [rows of the block, width]
     const int width = kKept * blockDim.x * kCount;
 #pragma unroll
     for (int s = 0; s < kSums; ++s) {
@@ -101,10 +128,10 @@ struct ColumnSums {
         for (int j = 0; j < kCount; ++j) mine[j] = values[s][k][j];
       }
       __syncthreads();
-      for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < min(width, channels); c += kRowThreads) {
+      for (int c = threadIdx.y * blockDim.x + threadIdx.x; c < min(width, columns); c += kThreads) {
         float total = 0;
         for (int row = 0; row < static_cast<int>(blockDim.y); ++row) total += buffer[row * width + c];
-        out[static_cast<int64_t>(s) * channels + c] = total;
+        out[s * stride + c] = total;
       }
     }
   }

@@ -1,4 +1,4 @@
-// From a dtype and addresses to the types that a kernel is compiled for.
+// From a dtype, addresses and sizes to what a kernel is compiled for and gets.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,11 +6,21 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "launch.h"
 
 namespace mra::cuda {
+
+// Kernels count channels in 32 bits; offsets have 64.
+inline int check_channels(const char* op, int64_t channels) {
+  if (channels >= INT32_MAX) {
+    throw std::runtime_error(std::string(op) + ": " + std::to_string(channels) + " channels; must stay under 2^31");
+  }
+  return static_cast<int>(channels);
+}
 
 // Calls f(element, count): a value of the dtype's type, and how many elements an access may move: 16 bytes' worth where
 // all addresses and the rows of `channels` elements are aligned, otherwise one.

@@ -5,18 +5,12 @@
 #pragma once
 
 #include "common/elements.cuh"
+#include "common/gelu.cuh"
 #include "launch.h"
 
 namespace mra::cuda {
 
 constexpr int kGeluThreads = 256;
-
-// The derivative of GELU(x) = x Phi(x): Phi(x) + x phi(x).
-__device__ __forceinline__ float gelu_slope(float x) {
-  // Far out the product would be infinity * 0.
-  const float tail = x * x > 170.0f ? 0.0f : x * 0.398942280f * expf(-0.5f * x * x);
-  return fmaf(0.5f, erff(x * 0.707106781f), 0.5f) + tail;
-}
 
 // grad_conv: [B, H, W, C] holds the convolution's output and gets its gradient, (grad_y + share * grad_y_mean) times
 // the slope; grad_y: the same, grad_y_mean: [B, C]; null for zeros. Grid: x covers a row's W * C / kCount vectors, y

@@ -192,9 +192,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 #pragma unroll
         for (int j = 0; j < kShifts; ++j) {
           const auto multiply = [&](int c, const uint32_t (&a)[4]) {
-            const uint32_t b[2] = {pair_of(grads[0][kShifts - 1 - j], grads[0][kShifts - j], c),
-                                   pair_of(grads[1][kShifts - 1 - j], grads[1][kShifts - j], c)};
-            mma_16x8x16<T>(sums[j][c], a, b);
+            const uint32_t low = pair_of(grads[0][kShifts - 1 - j], grads[0][kShifts - j], c);
+            const uint32_t high = pair_of(grads[1][kShifts - 1 - j], grads[1][kShifts - j], c);
+            mma<T>(sums[j][c], a, make_uint2(low, high));
           };
           if (j > 0 || !has_bias) {
 #pragma unroll

@@ -1,21 +1,29 @@
 // LayerNorm over rows of C channels, forward and backward; statistics in float32, in two passes over registers.
 //
-// Work: 1 to 256 threads a row, so that each holds at most 4 (backward: 2) vectors of 16 bytes of it, all loaded at
+// Work: 1 to 128 threads a row, so that each holds at most 4 (backward: 3) vectors of 16 bytes of it, all loaded at
 // once: 8 threads for 192 channels of 16 bits, 64 for 1536. A row too long for that is read again, from cache. Where an
 // address or C does not allow 16 bytes, a vector is one element.
-// Forward reads and writes each element once: 4 * C bytes a row in 16 bits and 9 FLOPs an element, bound by memory.
-// 1024 x 1024 pixels at batch 1: 50 MB for 65536 x 192, 25 for 16384 x 384, 13 for 4096 x 768, 6 for 1024 x 1536.
+// Forward reads and writes each element once: 4 C bytes a row in 16 bits, about 22 instructions an element, bound by
+// memory. 1024 x 1024 pixels at batch 1: 50 MB for 65536 x 192, 25 for 16384 x 384, 13 for 4096 x 768, 6 for
+// 1024 x 1536.
 //
-// Backward moves 6 * C bytes a row and does 20 FLOPs an element, bound by memory as well. A block takes a run of rows
-// and keeps the sums over them (of the gradients of weight and bias, and of x) in registers: 16 channels x 3 sums a
-// thread. Each block writes its own, and a second kernel adds them in order: nothing is atomic, results repeat.
+// Backward moves 6 C bytes a row in 16 bits, about 30 instructions an element, bound by memory as well. A block takes a
+// run of rows and keeps the sums over them (of the gradients of weight and bias, and of x) in registers: 24 channels x
+// 3 sums a thread. Each block writes its own, and a second kernel adds them in order: nothing is atomic, results
+// repeat.
 #pragma once
 
 #include "common/rows.cuh"
 
 namespace mra::cuda {
 
-constexpr int kNormKept = 4, kNormBackwardKept = 2;
+// Vectors of a row that a thread keeps: 32 channels, in backward 24, whose sums fill its registers.
+template <int kCount>
+constexpr int kNormKept = kCount == 8 ? 4 : 8;
+template <int kCount>
+constexpr int kNormBackwardKept = kCount == 8 ? 3 : 6;
+
+constexpr int kNormBackwardBlocks = 3;  // resident on an SM
 // Sums over the rows: gradients of weight and bias, and the gradient of x itself.
 constexpr int kNormSums = 3;
 
@@ -53,15 +61,15 @@ __device__ __forceinline__ Statistics row_statistics(const Row& x, int vectors, 
 
 // Grid: rows / blockDim.y. y may be x.
 template <class T, int kCount, class Order>
-__global__ void __launch_bounds__(kRowThreads, 4)
+__global__ void __launch_bounds__(kRowThreads, 8)
     layer_norm_kernel(const T* x, const T* __restrict__ weight, const T* __restrict__ bias, T* y,
                       float* __restrict__ mean, float* __restrict__ rstd, int64_t rows, int channels, float eps,
                       Order order) {
-  using Row = KeptRow<T, kCount, kNormKept>;
+  using Row = KeptRow<T, kCount, kNormKept<kCount>>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int vectors = row < rows ? channels / kCount : 0;
   const Row values(x + row * channels, vectors);
-  const Statistics s = row_statistics<Row, kNormKept>(values, vectors, channels, eps);
+  const Statistics s = row_statistics<Row, kNormKept<kCount>>(values, vectors, channels, eps);
   if (row >= rows) return;
   if (threadIdx.x == 0) {
     if (mean != nullptr) mean[row] = s.mean;
@@ -69,7 +77,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   }
   const int64_t target = order(row);
   if (target < 0) return;
-  for_each_vector<kNormKept>(vectors, [&](int i, int k) {
+  for_each_vector<kNormKept<kCount>>(vectors, [&](int i, int k) {
     const int c = i * kCount;
     const Floats<kCount> v = values.at(i, k), scale = load<kCount>(weight + c), shift = load<kCount>(bias + c);
     Floats<kCount> out;
@@ -84,15 +92,15 @@ __global__ void __launch_bounds__(kRowThreads, 4)
 // Block b takes rows [rows * b / blocks, rows * (b + 1) / blocks). partial: [blocks, 3, C], or null. grad_x may be
 // null, grad_y (in the same order) or x.
 template <class T, int kCount, class Order>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kNormBackwardBlocks)
     layer_norm_backward_kernel(const T* grad_y, const T* x, const T* __restrict__ weight,
                                const float* __restrict__ mean, const float* __restrict__ rstd, T* grad_x,
                                float* __restrict__ partial, int64_t rows, int channels, float eps, Order order) {
-  constexpr int kKept = kNormBackwardKept;
+  constexpr int kKept = kNormBackwardKept<kCount>;
   using Row = KeptRow<T, kCount, kKept>;
   const int64_t first = rows * blockIdx.x / gridDim.x, last = rows * (blockIdx.x + 1) / gridDim.x;
   const float share = 1.0f / channels;
-  ColumnSums<kCount, kKept, kNormSums> sums;
+  ColumnSums<kRowThreads, kCount, kKept, kNormSums> sums;
   // Channels that registers do not hold are summed in the block's own part of `partial`, by one thread each.
   float* mine = partial == nullptr ? nullptr : partial + static_cast<int64_t>(blockIdx.x) * kNormSums * channels;
   const auto add = [&](int sum, int i, int k, int j, float v) {
@@ -149,7 +157,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
       });
     }
   }
-  if (mine != nullptr) sums.write(mine, channels);
+  if (mine != nullptr) sums.write(mine, channels, channels);
 }
 
 }  // namespace mra::cuda

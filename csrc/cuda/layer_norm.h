@@ -34,7 +34,7 @@ struct LayerNormRowsBackward {
   void* grad_weight;   // [C]
   void* grad_bias;     // [C]
   void* grad_x_sum;    // [C], the sum of grad_x over the rows: the gradient of a bias in front of the norm
-  float* partial;      // scratch of layer_norm_partials(rows, channels) floats; null where no [C] gradient is wanted
+  float* partial;      // scratch of layer_norm_partials(rows, C) floats; null where no [C] gradient is wanted
   int64_t rows, channels;
   float eps;
   DType dtype;
@@ -42,8 +42,5 @@ struct LayerNormRowsBackward {
 };
 
 void layer_norm_rows_backward(const LayerNormRowsBackward&);
-
-// Floats of scratch for the sums over the rows: the same for every device, so that they are the same sums.
-int64_t layer_norm_partials(int64_t rows, int64_t channels);
 
 }  // namespace mra::cuda

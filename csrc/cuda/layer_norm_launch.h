@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <string>
 
 #include "common/launch_cuda.h"
 #include "common/partial_sums.cuh"
@@ -12,14 +11,9 @@
 
 namespace mra::cuda {
 
-// Blocks of the backward kernel: two for each SM of an H200, of at least 8 rows.
-inline int layer_norm_blocks(int64_t rows) { return static_cast<int>(std::min<int64_t>(264, (rows + 7) / 8)); }
-
-inline int check_channels(const char* op, int64_t channels) {
-  if (channels >= INT32_MAX) {
-    throw std::runtime_error(std::string(op) + ": " + std::to_string(channels) + " channels; must stay under 2^31");
-  }
-  return static_cast<int>(channels);
+// Blocks of the backward kernel: as many as an H200's 132 SMs hold, of at least 4 rows.
+inline int layer_norm_blocks(int64_t rows) {
+  return static_cast<int>(std::min<int64_t>(132 * kNormBackwardBlocks, (rows + 3) / 4));
 }
 
 template <class Order>
@@ -28,7 +22,7 @@ void launch_layer_norm(const LayerNormRows& a, Order order) {
   const int channels = check_channels("layer_norm", a.channels);
   with_access(a.dtype, a.channels, {a.x, a.weight, a.bias, a.y}, [&](auto element, auto count) {
     using T = decltype(element);
-    const int threads = threads_of_row(channels / count, kNormKept), together = kRowThreads / threads;
+    const int threads = threads_of_row(channels / count, kNormKept<count>), together = kRowThreads / threads;
     const auto blocks = static_cast<unsigned>((a.rows + together - 1) / together);
     MRA_LAUNCH((layer_norm_kernel<T, count, Order>), blocks, dim3(threads, together), 0, a.stream,
                static_cast<const T*>(a.x), static_cast<const T*>(a.weight), static_cast<const T*>(a.bias),
@@ -43,7 +37,7 @@ void launch_layer_norm_backward(const LayerNormRowsBackward& a, Order order) {
   with_access(a.dtype, a.channels, {a.grad_y, a.x, a.weight, a.grad_x}, [&](auto element, auto count) {
     using T = decltype(element);
     if (blocks > 0) {
-      const int threads = threads_of_row(channels / count, kNormBackwardKept);
+      const int threads = threads_of_row(channels / count, kNormBackwardKept<count>);
       MRA_LAUNCH((layer_norm_backward_kernel<T, count, Order>), blocks, dim3(threads, kRowThreads / threads), 0,
                  a.stream, static_cast<const T*>(a.grad_y), static_cast<const T*>(a.x), static_cast<const T*>(a.weight),
                  a.mean, a.rstd, static_cast<T*>(a.grad_x), a.partial, a.rows, channels, a.eps, order);

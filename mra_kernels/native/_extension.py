@@ -62,3 +62,13 @@ def place(tensor: Tensor) -> tuple[int, int, int, int]:
     if tensor.is_cuda:
         return code, tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream, 0
     return code, -1, 0, torch.get_num_threads()
+
+
+def scratch(like: Tensor, count: str, *sizes: int) -> Tensor:
+    """Float32 memory for the sums of a CUDA kernel on the device of `like`; empty on a CPU, whose kernels bring theirs.
+
+    Args:
+        count: name of the extension's function that says how many floats, from `sizes`.
+    """
+    floats = getattr(extension, count)(*sizes) if place(like)[1] >= 0 else 0
+    return like.new_empty(floats, dtype=torch.float32)

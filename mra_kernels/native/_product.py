@@ -1,4 +1,4 @@
-"""The library's matrix products on a CPU: oneDNN where PyTorch has it for the dtype, which is also its fastest."""
+"""The library's matrix products: on a CPU by oneDNN where PyTorch has it for the dtype, which is also its fastest."""
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +9,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") ->
     """x: [..., K], weight: [N, K], bias: [N] -> activation(x W^T + b): [..., N], contiguous, rounded once.
 
     Args:
-        x, weight, bias: on a CPU.
+        x, weight, bias: on one device. A GPU's library adds the bias in its product's epilogue.
         activation: "none", or "gelu" with the exact error function.
     """
-    if _has_onednn(x.dtype) and x.numel() > 0:
+    if _has_onednn(x) and x.numel() > 0:
         algorithm = "none" if activation == "gelu" else ""
         # It takes no strides.
         x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
-    y = F.linear(x, weight, bias).contiguous()
+    # With more than three dimensions PyTorch adds the bias in a pass of its own.
+    rows = x.flatten(0, -2) if x.dim() > 2 else x
+    y = F.linear(rows, weight, bias).contiguous().view(*x.shape[:-1], weight.shape[0])
     return F.gelu(y) if activation == "gelu" else y
 
 
@@ -26,14 +28,14 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor) -> Tensor
 
     By oneDNN the sum is in the product's epilogue, rounded once.
     """
-    if _has_onednn(x.dtype) and x.numel() > 0:
+    if _has_onednn(x) and x.numel() > 0:
         x, other, weight, bias = x.contiguous(), other.contiguous(), weight.contiguous(), bias.contiguous()
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, "add")
-    return F.linear(x, weight, bias).add_(other).contiguous()
+    return linear(x, weight, bias).add_(other)
 
 
-def _has_onednn(dtype: torch.dtype) -> bool:
-    """Whether PyTorch was built with oneDNN, it is enabled, and the processor has what the dtype needs."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+def _has_onednn(x: Tensor) -> bool:
+    """Whether x is on a CPU, PyTorch has oneDNN, it is enabled, and the processor has what the dtype needs."""
+    if x.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

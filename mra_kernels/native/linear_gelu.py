@@ -1,4 +1,8 @@
-"""Native `linear_gelu`: the library's product with GELU in its epilogue; C++ on a CPU for the mean and for backward."""
+"""Native `linear_gelu`: the library's product, and around it C++ on a CPU, CUDA C++ on a GPU.
+
+GELU itself is in the product's epilogue on a CPU. On a GPU the library has only the one by tanh there, so a kernel
+applies it, to the product's memory unless backward wants the product.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,13 +11,14 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import extension, place, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, scratch, unsupported
 from mra_kernels.native._product import linear
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None for float32 or bfloat16 on a CPU, otherwise the reason."""
-    return unsupported(device, dtype, (torch.float32, torch.bfloat16))
+    """None for float32 and bfloat16, on a GPU also float16; otherwise the reason."""
+    cpu = (torch.float32, torch.bfloat16)
+    return unsupported(device, dtype, cpu, cuda_dtypes=(*cpu, torch.float16))
 
 
 def forward(
@@ -23,19 +28,21 @@ def forward(
 
     Without `mean_weights` there are no means; the product is empty unless `keep` wants it for backward.
     """
-    product = linear(x, weight, bias) if keep else x.new_empty(0)
-    y = torch.empty_like(product) if keep else linear(x, weight, bias, "gelu")
-    y_mean = x.new_empty(0)
+    activated = not keep and place(x)[1] < 0
+    product = linear(x, weight, bias, "gelu" if activated else "none")
+    y = torch.empty_like(product) if keep else product
+    y_mean = partial = x.new_empty(0)
     if mean_weights is not None:
         mean_weights = mean_weights.contiguous()
         y_mean = x.new_zeros((x.shape[0], weight.shape[0]), dtype=torch.float32)
-    if keep or mean_weights is not None:
+        partial = scratch(y, "linear_gelu_partials", *_sizes(y))
+    if not activated or mean_weights is not None:
         extension.linear_gelu_forward(
-            *map(pointer, (product, y, mean_weights, y_mean)),
+            *map(pointer, (None if activated else product, y, mean_weights, y_mean, partial)),
             *_sizes(y),
             *place(y),
         )
-    return y, y_mean, product
+    return y, y_mean, product if keep else x.new_empty(0)
 
 
 def backward(
@@ -57,9 +64,12 @@ def backward(
     mean_weights = None if mean_weights is None else mean_weights.contiguous()
     grad_product = torch.empty_like(product)
     grad_bias = torch.empty_like(bias) if needs[2] else x.new_empty(0)
+    pictures, positions, channels = _sizes(product)
+    groups = (1, pictures * positions) if grad_y_mean is None else (pictures, positions)
+    partial = scratch(product, "linear_gelu_partials", *groups, channels)
     extension.linear_gelu_backward(
-        *map(pointer, (*given, product, mean_weights, grad_product, grad_bias)),
-        *_sizes(product),
+        *map(pointer, (*given, product, mean_weights, grad_product, grad_bias, partial)),
+        *(pictures, positions, channels),
         *place(product),
     )
     rows = grad_product.reshape(-1, weight.shape[0])

@@ -1,6 +1,6 @@
-"""Native `linear_scale_residual`: the library's product, then scale and sum in its memory (C++ on a CPU).
+"""Native `linear_scale_residual`: the library's product, then scale and sum in its memory (C++, CUDA C++ on a GPU).
 
-Without a scale the library does it all, with the sum in its product's epilogue.
+Without a scale the library does it all, on a CPU with the sum in its product's epilogue.
 """
 
 from collections.abc import Sequence
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import extension, place, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, scratch, unsupported
 from mra_kernels.native._product import linear, linear_add
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None for float32 or bfloat16 on a CPU, otherwise the reason."""
-    return unsupported(device, dtype, (torch.float32, torch.bfloat16))
+    """None for float32 and bfloat16, on a GPU also float16; otherwise the reason."""
+    cpu = (torch.float32, torch.bfloat16)
+    return unsupported(device, dtype, cpu, cuda_dtypes=(*cpu, torch.float16))
 
 
 def forward(
@@ -55,8 +56,9 @@ def backward(
         scaled = torch.empty_like(grad_y)
         grad_bias = torch.empty_like(bias) if needs[2] else empty
         grad_scale = torch.empty_like(bias) if needs[3] else empty
+        partial = scratch(grad_y, "linear_scale_residual_partials", *_sizes(grad_y))
         extension.linear_scale_residual_backward(
-            *map(pointer, (grad_y, scale, product if needs[3] else None, scaled, grad_bias, grad_scale)),
+            *map(pointer, (grad_y, scale, product if needs[3] else None, scaled, grad_bias, grad_scale, partial)),
             *_sizes(grad_y),
             *place(grad_y),
         )

@@ -1,4 +1,4 @@
-"""Native `norm_patchify`: C++ on a CPU."""
+"""Native `norm_patchify`: C++ on a CPU, CUDA C++ on a GPU."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import extension, place, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, scratch, unsupported
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None for a float32 or bfloat16 map on a CPU, otherwise the reason."""
-    return unsupported(device, dtype, (torch.float32, torch.bfloat16))
+    """None for float32 and bfloat16 maps, on a GPU also float16; otherwise the reason."""
+    cpu = (torch.float32, torch.bfloat16)
+    return unsupported(device, dtype, cpu, cuda_dtypes=(*cpu, torch.float16))
 
 
 def forward(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,8 +45,9 @@ def backward(
     grad_y, x, norm_weight = grad_y.contiguous(), x.contiguous(), norm_weight.contiguous()
     inputs = (x, norm_weight, norm_bias.contiguous())
     grads = tuple(torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
+    partial = scratch(x, "layer_norm_partials", mean.numel(), x.shape[3])
     extension.norm_patchify_backward(
-        *map(pointer, (grad_y, x, norm_weight, mean, rstd, *grads)),
+        *map(pointer, (grad_y, x, norm_weight, mean, rstd, *grads, partial)),
         *x.shape,
         *place(x),
     )

@@ -1,4 +1,4 @@
-"""Native `patch_conv_norm`: C++ on a CPU; its backward is the norm's, between the library's matrix products."""
+"""Native `patch_conv_norm`: C++, CUDA C++ on a GPU; backward is the norm's, between the library's matrix products."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import extension, place, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, scratch, unsupported
 from mra_kernels.native._product import linear
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None for float32 or bfloat16 pixels on a CPU, otherwise the reason."""
-    return unsupported(device, dtype, (torch.float32, torch.bfloat16))
+    """None for float32 and bfloat16 pixels, on a GPU also float16; otherwise the reason."""
+    cpu = (torch.float32, torch.bfloat16)
+    return unsupported(device, dtype, cpu, cuda_dtypes=(*cpu, torch.float16))
 
 
 def forward(
@@ -58,8 +59,9 @@ def backward(
     grad_y, norm_weight = grad_y.contiguous(), norm_weight.contiguous()
     grad_conv = torch.empty_like(conv)
     vectors = [torch.empty_like(bias) if need else bias.new_empty(0) for need in needs[2:]]
+    partial = scratch(conv, "layer_norm_partials", *conv.shape)
     extension.patch_conv_norm_backward(
-        *map(pointer, (grad_y, conv, norm_weight, grad_conv, *vectors)),
+        *map(pointer, (grad_y, conv, norm_weight, grad_conv, *vectors, partial)),
         *conv.shape,
         eps,
         *place(conv),
