@@ -48,7 +48,7 @@ struct ColumnRun {
 };
 
 // visit(row, offset, v) for each of the rows, in order; offset: of its vector in a matrix [rows, C]; v: that of
-// of each input, zeros where it is null.
+// each input, zeros where it is null.
 template <int kCount, int kInputs, class T, class Visit>
 __device__ __forceinline__ void for_each_row(const ColumnRun& run, int channels, const T* const (&inputs)[kInputs],
                                              Visit visit) {

@@ -28,7 +28,8 @@ def forward(
 
     Without `mean_weights` there are no means; the product is empty unless `keep` wants it for backward.
     """
-    activated = not keep and place(x)[1] < 0
+    where = place(x)
+    activated = not keep and where[1] < 0
     product = linear(x, weight, bias, "gelu" if activated else "none")
     y = torch.empty_like(product) if keep else product
     y_mean = partial = x.new_empty(0)
@@ -40,7 +41,7 @@ def forward(
         extension.linear_gelu_forward(
             *map(pointer, (None if activated else product, y, mean_weights, y_mean, partial)),
             *_sizes(y),
-            *place(y),
+            *where,
         )
     return y, y_mean, product if keep else x.new_empty(0)
 
