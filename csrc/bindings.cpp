@@ -99,10 +99,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info);
   m.def("select_instruction_set", mra::cpu::select_instruction_set);
   using namespace mra::cpu;
-  bind<6, 4>(m, "depthwise_conv_gelu_forward", depthwise_conv_gelu_forward);
+  bind<7, 4>(m, "depthwise_conv_gelu_forward", depthwise_conv_gelu_forward,
+             MRA_CUDA_KERNEL(depthwise_conv_gelu_forward));
   bind<11, 4>(m, "depthwise_conv_gelu_backward", depthwise_conv_gelu_backward,
               MRA_CUDA_KERNEL(depthwise_conv_gelu_backward));
-  bind<8, 4, float>(m, "depthwise_conv_norm_forward", depthwise_conv_norm_forward);
+  bind<8, 4, float>(m, "depthwise_conv_norm_forward", depthwise_conv_norm_forward,
+                    MRA_CUDA_KERNEL(depthwise_conv_norm_forward));
   bind<14, 4>(m, "depthwise_conv_norm_backward", depthwise_conv_norm_backward,
               MRA_CUDA_KERNEL(depthwise_conv_norm_backward));
   bind<4, 6>(m, "gated_resample_add_forward", gated_resample_add_forward, MRA_CUDA_KERNEL(gated_resample_add_forward));
@@ -119,6 +121,7 @@ PYBIND11_MODULE(_C, m) {
   bind<8, 6, float>(m, "patch_conv_norm_forward", patch_conv_norm_forward, MRA_CUDA_KERNEL(patch_conv_norm_forward));
   bind<8, 2, float>(m, "patch_conv_norm_backward", patch_conv_norm_backward, MRA_CUDA_KERNEL(patch_conv_norm_backward));
 #ifdef MRA_CUDA
+  m.def("depthwise_conv_gelu_sums", mra::cuda::depthwise_conv_gelu_sums);
   m.def("depthwise_conv_gelu_partials", mra::cuda::depthwise_conv_gelu_partials);
   m.def("depthwise_conv_norm_partials", mra::cuda::depthwise_conv_norm_partials);
   m.def("layer_norm_partials", mra::cuda::layer_norm_partials);

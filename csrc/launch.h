@@ -59,6 +59,7 @@ struct DepthwiseConvGeluForward {
   void* y;             // [B, H, W, C]
   float* y_mean;       // [B, C], over the picture
   float* x_mean;       // [B, C]
+  float* partial;      // GPU only: scratch of depthwise_conv_gelu_sums floats
   int64_t batch, height, width, channels;
   DType dtype;
   Place place;
@@ -243,7 +244,9 @@ MRA_CPU_KERNELS(MRA_DECLARE, )
 
 namespace cuda {
 // Throw std::runtime_error with CUDA's own message.
+void depthwise_conv_gelu_forward(const DepthwiseConvGeluForward&);
 void depthwise_conv_gelu_backward(const DepthwiseConvGeluBackward&);
+void depthwise_conv_norm_forward(const DepthwiseConvNormForward&);
 void depthwise_conv_norm_backward(const DepthwiseConvNormBackward&);
 void gated_resample_add_forward(const GatedResampleAddForward&);
 void gated_resample_add_backward(const GatedResampleAddBackward&);
@@ -257,6 +260,7 @@ void patch_conv_norm_forward(const PatchConvNormForward&);
 void patch_conv_norm_backward(const PatchConvNormBackward&);
 
 // How many floats of scratch sums over rows take: the same for every device, so that they are the same sums.
+int64_t depthwise_conv_gelu_sums(int64_t batch, int64_t height, int64_t width, int64_t channels);
 int64_t depthwise_conv_gelu_partials(int64_t batch, int64_t channels);
 int64_t depthwise_conv_norm_partials(int64_t batch, int64_t height, int64_t width, int64_t channels);
 int64_t layer_norm_partials(int64_t rows, int64_t channels);

@@ -1,4 +1,4 @@
-"""Native `depthwise_conv_gelu`: C++ on a CPU. The backward recomputes the convolution from `x`."""
+"""Native `depthwise_conv_gelu`: C++ on a CPU, CUDA C++ on a GPU. The backward recomputes the convolution from `x`."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import extension, place, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, scratch, unsupported
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None for a float32 or bfloat16 map on a CPU, otherwise the reason."""
-    return unsupported(device, dtype, (torch.float32, torch.bfloat16))
+    """None for float32 and bfloat16 maps, on a GPU also float16; otherwise the reason."""
+    cpu = (torch.float32, torch.bfloat16)
+    return unsupported(device, dtype, cpu, cuda_dtypes=(*cpu, torch.float16))
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +20,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Te
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
     y_mean, x_mean = (x.new_empty((x.shape[0], x.shape[3]), dtype=torch.float32) for _ in range(2))
-    extension.depthwise_conv_gelu_forward(*map(pointer, (x, weight, bias, y, y_mean, x_mean)), *x.shape, *place(x))
+    partial = scratch(x, "depthwise_conv_gelu_sums", *x.shape)
+    extension.depthwise_conv_gelu_forward(
+        *map(pointer, (x, weight, bias, y, y_mean, x_mean, partial)), *x.shape, *place(x)
+    )
     return y, y_mean, x_mean
 
 

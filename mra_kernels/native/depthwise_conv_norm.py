@@ -1,4 +1,4 @@
-"""Native `depthwise_conv_norm`: C++ on a CPU. The backward recomputes the convolution from `x` and the statistics."""
+"""Native `depthwise_conv_norm`: C++ on a CPU, CUDA C++ on a GPU. The backward convolves again."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,9 @@ from mra_kernels.native._extension import extension, place, pointer, unsupported
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None for a float32 or bfloat16 map on a CPU, otherwise the reason."""
-    return unsupported(device, dtype, (torch.float32, torch.bfloat16))
+    """None for float32 and bfloat16 maps, on a GPU also float16; otherwise the reason."""
+    cpu = (torch.float32, torch.bfloat16)
+    return unsupported(device, dtype, cpu, cuda_dtypes=(*cpu, torch.float16))
 
 
 def forward(

@@ -1,0 +1,20 @@
+// Host side of the depthwise 7x7 convolution that writes its output as it is.
+#include "cuda/depthwise_conv7.h"
+#include "cuda/depthwise_launch.h"
+
+namespace mra::cuda {
+
+void depthwise_conv7(const DepthwiseConv7& a) {
+  if (a.batch * a.height * a.width * a.channels == 0) return;
+  const DepthwiseCut cut = DepthwiseCut::of(a.batch, a.height, a.width, a.channels);
+  const DepthwiseMaps maps{a.x, a.weight, a.bias, a.constant, a.y, a.batch, a.height, a.width, a.channels, a.flipped};
+  with_depthwise(maps, cut, a.dtype, [&](auto problem, auto tile, auto vector) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(problem.y)>>;
+    using Tile = decltype(tile);
+    const auto kernel = depthwise_conv7_kernel<T, Tile, kDepthwiseStages, vector>;
+    MRA_LAUNCH(kernel, static_cast<unsigned>(cut.blocks(a.batch)), kDepthwiseThreads,
+               (depthwise_memory<T, Tile>(kernel)), a.stream, problem);
+  });
+}
+
+}  // namespace mra::cuda
