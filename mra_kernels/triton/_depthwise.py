@@ -21,8 +21,8 @@ from torch import Tensor
 from mra_kernels.triton._gelu import gelu, gelu_derivative
 from mra_kernels.triton._sums import add_partials
 
-COLUMNS, CHANNELS, WARPS = 16, 64, 4
-# Programs below which tiles have fewer rows: two for each of an H100's 132 SMs.
+CHANNELS = 64
+# Programs below which tiles are halved: two for each of an H100's 132 SMs.
 FEW_PROGRAMS = 264
 
 
@@ -53,7 +53,8 @@ def convolve_gelu(x: Tensor, taps: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     """GELU of the convolution: [B, H, W, C], and the means over a picture of it and of `x`: [B, C], float32."""
     batch, height, width, channels = x.shape
     y = torch.empty_like(x)
-    tiles = triton.cdiv(height, _rows(x)) * triton.cdiv(width, COLUMNS)
+    rows, columns, _ = _tile(x)
+    tiles = triton.cdiv(height, rows) * triton.cdiv(width, columns)
     partials = [x.new_empty((tiles, batch, channels), dtype=torch.float32) for _ in range(2)]
     _launch(x, taps, bias, y, partials=partials)
     y_mean, x_mean = (add_partials(p, torch.float32) for p in partials)
@@ -72,11 +73,14 @@ def convolve_gelu_backward(
     return grad
 
 
-def _rows(x: Tensor) -> int:
-    """Rows of a tile."""
+def _tile(x: Tensor) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and its warps."""
     batch, height, width, channels = x.shape
-    programs = batch * triton.cdiv(height, 8) * triton.cdiv(width, COLUMNS) * triton.cdiv(channels, CHANNELS)
-    return 8 if programs >= FEW_PROGRAMS else 4
+    if channels % 16 != 0:
+        # Accesses are narrow, and 8 rows of addresses would spill.
+        return 4, 16, 4
+    programs = batch * triton.cdiv(height, 8) * triton.cdiv(width, 16) * triton.cdiv(channels, CHANNELS)
+    return (8, 16, 4) if programs >= FEW_PROGRAMS else (8, 8, 2)
 
 
 def _launch(
@@ -94,8 +98,8 @@ def _launch(
     if x.numel() == 0:
         return
     batch, height, width, channels = x.shape
-    rows = _rows(x)
-    row_tiles, column_tiles = triton.cdiv(height, rows), triton.cdiv(width, COLUMNS)
+    rows, columns, warps = _tile(x)
+    row_tiles, column_tiles = triton.cdiv(height, rows), triton.cdiv(width, columns)
     y_partials, x_partials = partials or (None, None)
     _convolve[(batch * row_tiles * column_tiles, triton.cdiv(channels, CHANNELS))](
         x,
@@ -111,15 +115,15 @@ def _launch(
         height,
         width,
         channels,
-        taps.shape[1],
+        taps.shape[1] * 48 if flipped else 0,
+        -taps.shape[1] if flipped else taps.shape[1],
         row_tiles,
         column_tiles,
         1.0 / (height * width),
-        flipped,
         rows,
-        COLUMNS,
+        columns,
         CHANNELS,
-        num_warps=WARPS,
+        num_warps=warps,
     )
 
 
@@ -138,11 +142,11 @@ def _convolve(
     height,
     width,
     channels,
-    tap_channels,
+    first_tap,
+    next_tap,
     row_tiles,
     column_tiles,
     share,
-    FLIPPED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -158,11 +162,11 @@ def _convolve(
 
     sums = (tl.zeros((COLUMNS, CHANNELS), tl.float32),) * ROWS
     for dx in range(7):
-        tap = taps + (48 - dx if FLIPPED else dx) * tap_channels + c
+        tap = taps + (first_tap + dx * next_tap) + c
         column_taps = ()
         for _ in tl.static_range(7):
             column_taps = column_taps + (tl.load(tap)[None, :],)
-            tap += (-7 if FLIPPED else 7) * tap_channels
+            tap += 7 * next_tap
         column = w + dx - 3
         mask = ((column >= 0) & (column < width))[:, None] & (c < channels)[None, :]
         # One pointer moves down the rows: an address for each row would cost registers that the loop keeps.

@@ -17,7 +17,7 @@ from torch import Tensor
 from mra_kernels.triton._depthwise import to_float32
 from mra_kernels.triton._sums import add_partials
 
-COLUMNS, CHANNELS, ROWS = 4, 16, 4
+COLUMNS, CHANNELS, ROWS = 4, 16, 2
 # Warps that fill 132 SMs: about 14 fit on one.
 PROGRAMS = 3072
 # Rows of a task at least: six rows of the gradient are loaded in front of them.
@@ -100,15 +100,15 @@ def _parameter_gradients(
         grads = ()
         for i in tl.static_range(6):
             h = top + i - 3
-            value = tl.load(grad + picture + h * row_size + lane, mask=inside & (h >= 0) & (h < height), other=0.0)
-            grads = grads + (to_float32(value),)
+            mask = inside & (h >= 0) & (h < height)
+            grads = grads + (to_float32(tl.load(grad + picture + h * row_size + lane, mask=mask, other=0.0)),)
         x_row = x + picture + top * row_size + lane
         grad_row = grad + picture + (top + 3) * row_size + lane
         for h in range(top, bottom, ROWS):
             for i in tl.static_range(ROWS):
-                value = tl.load(grad_row, mask=inside & (h + (i + 3) < height), other=0.0)
+                mask = inside & (h + (i + 3) < height)
+                grads = grads + (to_float32(tl.load(grad_row, mask=mask, other=0.0)),)
                 grad_row += row_size
-                grads = grads + (to_float32(value),)
             for i in tl.static_range(ROWS):
                 here = h + i < bottom
                 bias_sum += tl.where(here, grads[i + 3], 0.0)

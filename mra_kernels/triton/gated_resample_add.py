@@ -18,7 +18,7 @@ from mra_kernels.triton._sums import add_partials
 
 PIXELS, CHANNELS, WARPS = 16, 64, 4
 # Of the gate's gradient: there are as few programs as rows.
-GATE_CHANNELS, GATE_WARPS = 256, 8
+GATE_PIXELS, GATE_CHANNELS, GATE_WARPS = 8, 256, 8
 SAME, POOL, BILINEAR = 0, 1, 2
 
 
@@ -41,16 +41,16 @@ def backward(grad_y: Tensor, high: Tensor, gate: Tensor, needs: Sequence[bool]) 
     if needs[0]:
         grad_high = torch.empty_like(high)
         if high.numel() > 0:
-            reaches = [_reach(sizes[i], sizes[i + 2]) for i in (0, 1)]
+            readers = [_readers(sizes[i], sizes[i + 2]) for i in (0, 1)]
             _high_gradient[_grid(high)](
-                grad_y, gate, grad_high, *sizes, *reaches, mode, PIXELS, CHANNELS, num_warps=WARPS
+                grad_y, gate, grad_high, *sizes, *readers[0], *readers[1], mode, PIXELS, CHANNELS, num_warps=WARPS
             )
     if needs[1]:
         batch, height = grad_y.shape[:2]
         partials = gate.new_empty((height, batch))
         if partials.numel() > 0:
             _gate_partials[(batch * height,)](
-                grad_y, high, partials, batch, *sizes, mode, PIXELS, GATE_CHANNELS, num_warps=GATE_WARPS
+                grad_y, high, partials, batch, *sizes, mode, GATE_PIXELS, GATE_CHANNELS, num_warps=GATE_WARPS
             )
         grad_gate = add_partials(partials, gate.dtype)
     return grad_high, grad_gate
@@ -78,10 +78,10 @@ def _scale(size: int, source: int) -> float:
     return (source - 1) / (size - 1) if size > 1 else 0.0
 
 
-def _reach(size: int, source: int) -> int:
-    """How many targets from `_first_reader` on may read one source point."""
+def _readers(size: int, source: int) -> tuple[float, int]:
+    """Targets between two source points, and how many, from `_first_reader` on, may read one point."""
     scale = _scale(size, source)
-    return min(size, int(2 / scale) + 4) if scale > 0 else size
+    return (1 / scale, min(size, int(2 / scale) + 4)) if scale > 0 else (0.0, size)
 
 
 @triton.jit
@@ -100,13 +100,9 @@ def _bilinear_weight(target, index, source, scale):
 
 
 @triton.jit
-def _first_reader(index, scale):
-    """A target not behind the first that reads `index`: one step before it, and one more against rounding."""
-    if scale == 0.0:
-        first = index * 0
-    else:
-        first = tl.maximum(((index - 1) / scale).to(tl.int32) - 1, 0)
-    return first
+def _first_reader(index, step):
+    """No target in front of it reads `index`: one step of the source before that, and one more against rounding."""
+    return tl.maximum(((index - 1) * step).to(tl.int32) - 1, 0)
 
 
 @triton.jit
@@ -175,7 +171,7 @@ def _forward(
     tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["height", "width", "high_height", "high_width", "reach_y", "reach_x"])
+@triton.jit(do_not_specialize=["height", "width", "high_height", "high_width", "count_y", "count_x"])
 def _high_gradient(
     grad_y,
     gate,
@@ -187,8 +183,10 @@ def _high_gradient(
     channels,
     scale_y,
     scale_x,
-    reach_y,
-    reach_x,
+    step_y,
+    count_y,
+    step_x,
+    count_x,
     MODE: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -205,11 +203,11 @@ def _high_gradient(
     factor = tl.load(gate + b)
     if MODE == 2:
         total = tl.zeros((PIXELS, CHANNELS), tl.float32)
-        first_y = _first_reader(y, scale_y)
-        first_x = _first_reader(x, scale_x)
-        for p in range(first_y, tl.minimum(first_y + reach_y, height)):
+        first_y = _first_reader(y, step_y)
+        first_x = _first_reader(x, step_x)
+        for p in range(first_y, tl.minimum(first_y + count_y, height)):
             weight_y = _bilinear_weight(p, y, high_height, scale_y)
-            for i in range(reach_x):
+            for i in range(count_x):
                 q = first_x + i
                 weight = weight_y * _bilinear_weight(q, x, high_width, scale_x)
                 # A reader with weight zero must not bring in its NaN.

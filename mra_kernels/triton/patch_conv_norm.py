@@ -22,7 +22,7 @@ from mra_kernels.triton._layer_norm import layer_norm, layer_norm_backward, norm
 # The most channels that a program owns with their norm, and without.
 FUSED_CHANNELS, CHANNELS = 512, 256
 # The largest block of the reduction.
-DEPTH = 64
+DEPTH = 32
 
 
 def forward(
@@ -74,7 +74,7 @@ def block_of(channels: int, dtype: torch.dtype) -> tuple[int, int, int]:
     columns = triton.next_power_of_2(channels) if channels <= FUSED_CHANNELS else CHANNELS
     columns = max(16, columns)
     rows = 16 if dtype == torch.float32 else 64
-    return rows, columns, 8 if rows * columns > 16384 else 4
+    return rows, columns, 8 if rows * columns >= 8192 else 4
 
 
 def backward(
