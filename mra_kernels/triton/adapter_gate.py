@@ -204,7 +204,7 @@ def _weight_gradients(
     if grad_down_weight is not None:
         tl.store(grad_down_weight + row, down_row.to(grad_down_weight.dtype.element_ty), mask=inside)
     if grad_down_bias is not None:
-        tl.store(grad_down_bias, down_bias.to(grad_down_bias.dtype.element_ty), mask=tl.program_id(0) == 0)
+        tl.store(grad_down_bias, down_bias, mask=tl.program_id(0) == 0)
     if grad_up_weight is not None:
         for first in range(0, channels, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
