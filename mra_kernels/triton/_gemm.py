@@ -7,7 +7,9 @@ has them, else by pointers. Operands are bfloat16 or float16, sums float32.
 Whether a fused product is worth it is for measurements to say: `FUSED` names the ops that take it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +19,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # An op that is not here takes the library's product. Put a name in to compare the two.
 FUSED = {"gated_projection_add"}
+
+# Rows of tiles that are gone through together.
+_GROUP = 8
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Device:
 _H200 = Device(132, True, True)
 
 
-def device_of(tensor: Tensor) -> Device:
+def _device_of(tensor: Tensor) -> Device:
     """The GPU of a tensor; an H200 for tensors on none, which are interpreted or compiled ahead of time."""
     if not tensor.is_cuda:
         return _H200
@@ -68,11 +73,6 @@ def tiling(rows: int, columns: int, device: Device) -> Tiling:
     return _HOPPER[-1]
 
 
-def programs(rows: int, columns: int, tiles: Tiling, device: Device) -> tuple[int]:
-    """The grid of a launch."""
-    return (min(device.multiprocessors, triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)),)
-
-
 def fuses(op: str, *operands: Tensor) -> bool:
     """Whether an op takes its fused product for these contiguous operands [R, K].
 
@@ -84,9 +84,40 @@ def fuses(op: str, *operands: Tensor) -> bool:
     )
 
 
-def describe(operand: Tensor, rows: int, depth: int) -> TensorDescriptor:
-    """A TMA descriptor of [R, K], read in blocks [rows, depth]."""
-    return TensorDescriptor.from_tensor(operand, [rows, depth])
+def launch(kernel: Any, operands: Sequence[tuple[Tensor, Tensor]], others: Sequence[Any], y: Tensor) -> None:
+    """Runs a kernel that fills y: [R, N] from one or several products.
+
+    Args:
+        kernel: takes the operands, `others`, R, N, each product's K, then ROWS, COLUMNS, DEPTH, GROUP and TMA.
+        operands: x: [R, K] and weight: [N, K] of each product, contiguous.
+        others: whatever else the kernel takes.
+        y: not empty.
+    """
+    rows, columns = y.shape
+    device = _device_of(y)
+    tiles = tiling(rows, columns, device)
+    count = triton.cdiv(rows, tiles.rows) * triton.cdiv(columns, tiles.columns)
+    factors: list[Any] = []
+    for x, weight in operands:
+        if device.has_tma:
+            factors.append(TensorDescriptor.from_tensor(x, [tiles.rows, tiles.depth]))
+            factors.append(TensorDescriptor.from_tensor(weight, [tiles.columns, tiles.depth]))
+        else:
+            factors += [x, weight]
+    kernel[(min(device.multiprocessors, count),)](
+        *factors,
+        *others,
+        rows,
+        columns,
+        *(x.shape[1] for x, _ in operands),
+        tiles.rows,
+        tiles.columns,
+        tiles.depth,
+        _GROUP,
+        device.has_tma,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
 
 
 @triton.jit
@@ -133,3 +164,9 @@ def accumulate(
             b = tl.load(of_weight + first, mask=inside[:, None], other=0.0)
             sums = tl.dot(a, b, sums)
     return sums
+
+
+@triton.jit
+def halves(sums, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile: an epilogue that takes one after the other needs fewer registers."""
+    return tl.split(tl.permute(tl.reshape(sums, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mra_kernels.triton import _gemm, _product
-from mra_kernels.triton._gemm import accumulate, tile_at
+from mra_kernels.triton._gemm import accumulate, halves, tile_at
 from mra_kernels.triton._rows import strip, tile
 from mra_kernels.triton._sums import add_partials
 
@@ -60,33 +60,8 @@ def _forward_fused(
 ) -> Tensor:
     """All contiguous: low: [R, N], hidden: [R, K], weights: [N, K] -> [R, N]."""
     y = torch.empty_like(low)
-    count, channels = y.shape
-    device = _gemm.device_of(y)
-    tiles = _gemm.tiling(count, channels, device)
-    operands: list = [low_hidden, low_weight, high_hidden, high_weight]
-    depths = low_hidden.shape[1], high_hidden.shape[1]
-    if device.has_tma:
-        sides = (tiles.rows, tiles.columns, tiles.rows, tiles.columns)
-        operands = [_gemm.describe(t, side, tiles.depth) for t, side in zip(operands, sides, strict=True)]
-    _project[_gemm.programs(count, channels, tiles, device)](
-        *operands,
-        low,
-        low_bias,
-        high_bias,
-        gate,
-        y,
-        count,
-        channels,
-        *depths,
-        positions,
-        tiles.rows,
-        tiles.columns,
-        tiles.depth,
-        8,
-        device.has_tma,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    operands = [(high_hidden, high_weight), (low_hidden, low_weight)]
+    _gemm.launch(_project, operands, (low, low_bias, high_bias, gate, y, positions), y)
     return y
 
 
@@ -211,20 +186,20 @@ def _gate_and_dot(
 
 @triton.jit(do_not_specialize=["rows", "positions"])
 def _project(
-    low_hidden,
-    low_weight,
     high_hidden,
     high_weight,
+    low_hidden,
+    low_weight,
     low,
     low_bias,
     high_bias,
     gate,
     y,
+    positions,
     rows,
     columns,
-    low_depth,
     high_depth,
-    positions,
+    low_depth,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -234,46 +209,31 @@ def _project(
     """hidden: [rows, depth], weights: [columns, depth], low: [rows, columns], gate: [rows / positions] -> y."""
     tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
     for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        first_row, first_column = tile_at(index, rows, columns, ROWS, COLUMNS, GROUP)
-        row = first_row + tl.arange(0, ROWS)
-        column = first_column + tl.arange(0, COLUMNS)
-        gates = tl.load(gate + row // positions, mask=row < rows, other=0.0)[:, None]
-        bias = tl.load(high_bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+        top, left = tile_at(index, rows, columns, ROWS, COLUMNS, GROUP)
+        row = top + tl.arange(0, ROWS)
+        column = left + tl.arange(0, COLUMNS)
+        gates = tl.load(gate + row // positions, mask=row < rows, other=0.0)
+        bias = tl.load(high_bias + column, mask=column < columns, other=0.0).to(tl.float32)
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
         sums = accumulate(
-            sums,
-            high_hidden,
-            high_weight,
-            first_row,
-            first_column,
-            rows,
-            columns,
-            high_depth,
-            ROWS,
-            COLUMNS,
-            DEPTH,
-            TMA,
+            sums, high_hidden, high_weight, top, left, rows, columns, high_depth, ROWS, COLUMNS, DEPTH, TMA
         )
-        sums = (sums + bias) * gates
-        sums = accumulate(
-            sums,
-            low_hidden,
-            low_weight,
-            first_row,
-            first_column,
-            rows,
-            columns,
-            low_depth,
-            ROWS,
-            COLUMNS,
-            DEPTH,
-            TMA,
-        )
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        at = row.to(tl.int64)[:, None] * columns + column[None, :]
-        bias = tl.load(low_bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-        sums += bias + tl.load(low + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y + at, sums.to(y.dtype.element_ty), mask=mask)
+        sums = (sums + bias[None, :]) * gates[:, None]
+        sums = accumulate(sums, low_hidden, low_weight, top, left, rows, columns, low_depth, ROWS, COLUMNS, DEPTH, TMA)
+        first, second = halves(sums, ROWS, COLUMNS)
+        _add_low(first, low, low_bias, y, row, left, rows, columns, COLUMNS // 2)
+        _add_low(second, low, low_bias, y, row, left + COLUMNS // 2, rows, columns, COLUMNS // 2)
+
+
+@triton.jit
+def _add_low(sums, low, low_bias, y, row, left, rows, columns, COLUMNS: tl.constexpr):
+    """Stores sums + low_bias + low into y: [rows, columns], at rows `row` and columns from `left` on."""
+    column = left + tl.arange(0, COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    bias = tl.load(low_bias + column, mask=column < columns, other=0.0).to(tl.float32)
+    value = sums + bias[None, :] + tl.load(low + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["count", "positions"])

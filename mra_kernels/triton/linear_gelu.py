@@ -1,7 +1,8 @@
 """`linear_gelu` in Triton: GELU(x W^T + b), exact erf, and a weighted mean of it over each picture's positions.
 
 The product is the library's, with the bias in its epilogue, because a product that is a tenth slower costs more than a
-fused GELU saves; what is left is one pass over [R, N], with about 40 FLOPs an element:
+fused GELU saves; what is left is one pass over [R, N], with about 40 FLOPs an element. The fused product, which
+`_gemm.FUSED` chooses, is for calls without a mean.
 
 forward:   reads the product and writes y, in the product's memory where backward does not need it: 2 R N elements.
            The mean is a sum over strips of positions, added in a second launch, in order.
@@ -21,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mra_kernels.triton import _product
+from mra_kernels.triton import _gemm, _product
 from mra_kernels.triton._gelu import gelu, gelu_derivative
+from mra_kernels.triton._gemm import accumulate, halves, tile_at
 from mra_kernels.triton._rows import strip, tile
 from mra_kernels.triton._sums import add_partials
 
@@ -37,14 +39,17 @@ def forward(
 
     Without `mean_weights` there are no means; the product is empty unless `keep` wants it for backward.
     """
+    y_mean = x.new_empty(0)
+    shape = (*x.shape[:-1], weight.shape[0])
+    if mean_weights is None and _gemm.fuses("linear_gelu", rows := _product.rows(x), weight := weight.contiguous()):
+        y, product = _forward_fused(rows, weight, bias.contiguous(), keep)
+        return y.view(shape), y_mean, product.view(shape) if keep else product
     product = _product.linear(x, weight, bias)
     y = torch.empty_like(product) if keep else product
-    y_mean = x.new_empty(0)
     if mean_weights is not None:
         y_mean = _activate_and_average(product, y, mean_weights.contiguous(), x.shape[0])
     elif y.numel() > 0:
         _activate[(triton.cdiv(y.numel(), _BLOCK),)](product, y, y.numel(), _BLOCK, num_warps=8)
-    shape = (*x.shape[:-1], weight.shape[0])
     return y.view(shape), y_mean, product.view(shape) if keep else x.new_empty(0)
 
 
@@ -74,6 +79,14 @@ def backward(
     return *_product.gradients(grad, x, weight, needs[0], needs[1]), grad_bias
 
 
+def _forward_fused(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """x: [R, K], weight: [N, K], contiguous -> y: [R, N], and the product: [R, N] or empty."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    product = x.new_empty(y.shape if keep else 0)
+    _gemm.launch(_project, [(x, weight)], (bias, product if keep else None, y), y)
+    return y, product
+
+
 def _activate_and_average(product: Tensor, y: Tensor, mean_weights: Tensor, batch: int) -> Tensor:
     """Writes GELU of the product into y: [batch * L, N]; returns its means weighted by mean_weights: [batch, N]."""
     positions, channels = mean_weights.numel(), y.shape[1]
@@ -84,6 +97,47 @@ def _activate_and_average(product: Tensor, y: Tensor, mean_weights: Tensor, batc
         grid = (triton.cdiv(channels, tile(channels)[1]), strips, batch)
         _activate_rows[grid](product, y, mean_weights, partials, positions, channels, height, *tile(channels))
     return add_partials(partials, torch.float32)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _project(
+    x,
+    weight,
+    bias,
+    product,
+    y,
+    rows,
+    columns,
+    depth,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """x: [rows, depth], weight: [columns, depth] -> y and, unless it is None, product: [rows, columns]."""
+    tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
+    # Flattened, the loads of the next tile begin before this one's epilogue ends.
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        top, left = tile_at(index, rows, columns, ROWS, COLUMNS, GROUP)
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        sums = accumulate(sums, x, weight, top, left, rows, columns, depth, ROWS, COLUMNS, DEPTH, TMA)
+        row = top + tl.arange(0, ROWS)
+        first, second = halves(sums, ROWS, COLUMNS)
+        _store(first, bias, product, y, row, left, rows, columns, COLUMNS // 2)
+        _store(second, bias, product, y, row, left + COLUMNS // 2, rows, columns, COLUMNS // 2)
+
+
+@triton.jit
+def _store(sums, bias, product, y, row, left, rows, columns, COLUMNS: tl.constexpr):
+    """Stores sums + bias into product, and GELU of it into y, at rows `row` and columns from `left` on."""
+    column = left + tl.arange(0, COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    value = sums + tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    if product is not None:
+        tl.store(product + at, value.to(product.dtype.element_ty), mask=mask)
+    tl.store(y + at, gelu(value).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """`linear_scale_residual` in Triton: residual + scale * (x W^T + b).
 
-The product is the library's, with the bias in its epilogue; what is left is one pass over [R, N]:
+The product is the library's, with the bias in its epilogue, unless `_gemm.FUSED` chooses the fused one; what is left is
+one pass over [R, N]:
 
 forward:   reads the product and the residual, writes y, in the product's memory where backward does not need it:
            3 R N elements, an FMA each.
@@ -19,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mra_kernels.triton import _product
+from mra_kernels.triton import _gemm, _product
+from mra_kernels.triton._gemm import accumulate, halves, tile_at
 from mra_kernels.triton._rows import strip, tile
 from mra_kernels.triton._sums import add_partials
 
@@ -31,15 +33,21 @@ def forward(
 
     The product is empty unless `keep` wants it for the scale's gradient.
     """
-    product = _product.linear(x, weight, bias)
     kept = keep and scale is not None
+    scale = None if scale is None else scale.contiguous()
+    if _gemm.fuses("linear_scale_residual", rows := _product.rows(x), weight := weight.contiguous()):
+        base = _product.rows(residual)
+        y, product = torch.empty_like(base), x.new_empty(residual.shape if kept else 0)
+        others = (bias.contiguous(), scale, base, product if kept else None, y)
+        _gemm.launch(_project, [(rows, weight)], others, y)
+        return y.view(residual.shape), product
+    product = _product.linear(x, weight, bias)
     y = torch.empty_like(product) if kept else product
     if y.numel() > 0:
         count, channels = y.shape
-        rows, columns = tile(channels)
-        scale = None if scale is None else scale.contiguous()
-        grid = (triton.cdiv(count, rows) * triton.cdiv(channels, columns),)
-        _scale_add[grid](product, scale, _product.rows(residual), y, count, channels, rows, columns)
+        height, width = tile(channels)
+        grid = (triton.cdiv(count, height) * triton.cdiv(channels, width),)
+        _scale_add[grid](product, scale, _product.rows(residual), y, count, channels, height, width)
     return y.view(residual.shape), product.view(residual.shape) if kept else x.new_empty(0)
 
 
@@ -79,6 +87,53 @@ def backward(
         )
     sums = [x.new_empty(0) if p is None else add_partials(p, bias.dtype) for p in (bias_partials, scale_partials)]
     return *_product.gradients(scaled, x, weight, needs[0], needs[1]), *sums
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _project(
+    x,
+    weight,
+    bias,
+    scale,
+    residual,
+    product,
+    y,
+    rows,
+    columns,
+    depth,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """x: [rows, depth], weight: [columns, depth], scale: [columns] or None, residual: [rows, columns] -> y, product."""
+    tiles = tl.cdiv(rows, ROWS) * tl.cdiv(columns, COLUMNS)
+    # Flattened, the loads of the next tile begin before this one's epilogue ends.
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        top, left = tile_at(index, rows, columns, ROWS, COLUMNS, GROUP)
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        sums = accumulate(sums, x, weight, top, left, rows, columns, depth, ROWS, COLUMNS, DEPTH, TMA)
+        row = top + tl.arange(0, ROWS)
+        first, second = halves(sums, ROWS, COLUMNS)
+        _store(first, bias, scale, residual, product, y, row, left, rows, columns, COLUMNS // 2)
+        _store(second, bias, scale, residual, product, y, row, left + COLUMNS // 2, rows, columns, COLUMNS // 2)
+
+
+@triton.jit
+def _store(sums, bias, scale, residual, product, y, row, left, rows, columns, COLUMNS: tl.constexpr):
+    """Stores p = sums + bias into product, and residual + scale * p into y, at columns from `left` on."""
+    column = left + tl.arange(0, COLUMNS)
+    inside = column < columns
+    mask = (row < rows)[:, None] & inside[None, :]
+    at = row.to(tl.int64)[:, None] * columns + column[None, :]
+    value = sums + tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if product is not None:
+        tl.store(product + at, value.to(product.dtype.element_ty), mask=mask)
+    if scale is not None:
+        value *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    value += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["count"])
