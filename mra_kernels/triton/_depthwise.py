@@ -1,13 +1,13 @@
 """Depthwise 7x7 convolution of a channels-last map, zero padding 3, with what may follow it in registers.
 
-Work: a program owns a tile of `ROWS` rows, 16 columns and 64 channels of one picture, so a thread of four warps has one
-column and 8 channels, which it loads as 16 bytes, and one float32 sum for each row of the tile. For each of the seven columns of taps
-it marches down the `ROWS` + 6 rows that the tile reads: each is loaded once and goes into up to seven sums. So every
-multiplication counts, at any height of the tile, and a loop body has 7 taps in registers, not 49, which would spill.
-8 rows a tile, or 4 where a batch has too few tiles to fill a GPU.
+Work: a program owns a tile of 8 rows, 16 columns and 64 channels of one picture. A thread of its four warps has one
+column and 8 channels, which it loads as 16 bytes, and one float32 sum for each row of the tile. For each of the seven
+columns of taps it marches down the 14 rows that the tile reads: each is loaded once and goes into up to seven sums. So
+every multiplication counts, at any height of the tile, and the loop has 7 taps in registers; 49 would spill. Where a
+batch has too few tiles to fill a GPU, they have 32 channels, and where accesses are narrow, 4 rows.
 
-Bytes: the map once in and once out; the halo, (ROWS + 6) / ROWS rows and 22 / 16 columns, comes from the caches. FLOPs:
-98 an element: bound by the issue of FMAs, which are 64% of the instructions of the loop at 8 rows, 55% at 4 (sm_90).
+Bytes: the map once in and once out; the halo, 14 / 8 of the rows and 22 / 16 of the columns, comes from the caches.
+FLOPs: 98 an element: bound by the issue of FMAs, which are 61% of the instructions of the loop (sm_90, bfloat16).
 
 Fused, by the pointers that are given: the bias; GELU with the sums of its output and of `x` over the tile; the
 derivative of GELU times a gradient; a constant. The gradient of the input is the same convolution with flipped taps.
@@ -21,7 +21,8 @@ from torch import Tensor
 from mra_kernels.triton._gelu import gelu, gelu_derivative
 from mra_kernels.triton._sums import add_partials
 
-CHANNELS = 64
+# Columns of a tile, and the most channels.
+COLUMNS, CHANNELS = 16, 64
 # Programs below which tiles are halved: two for each of an H100's 132 SMs.
 FEW_PROGRAMS = 264
 
@@ -53,8 +54,7 @@ def convolve_gelu(x: Tensor, taps: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     """GELU of the convolution: [B, H, W, C], and the means over a picture of it and of `x`: [B, C], float32."""
     batch, height, width, channels = x.shape
     y = torch.empty_like(x)
-    rows, columns, _ = _tile(x)
-    tiles = triton.cdiv(height, rows) * triton.cdiv(width, columns)
+    tiles = triton.cdiv(height, _tile(x)[0]) * triton.cdiv(width, COLUMNS)
     partials = [x.new_empty((tiles, batch, channels), dtype=torch.float32) for _ in range(2)]
     _launch(x, taps, bias, y, partials=partials)
     y_mean, x_mean = (add_partials(p, torch.float32) for p in partials)
@@ -74,13 +74,13 @@ def convolve_gelu_backward(
 
 
 def _tile(x: Tensor) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and its warps."""
+    """Rows and channels of a tile, and its warps."""
     batch, height, width, channels = x.shape
     if channels % 16 != 0:
         # Accesses are narrow, and 8 rows of addresses would spill.
-        return 4, 16, 4
-    programs = batch * triton.cdiv(height, 8) * triton.cdiv(width, 16) * triton.cdiv(channels, CHANNELS)
-    return (8, 16, 4) if programs >= FEW_PROGRAMS else (8, 8, 2)
+        return 4, CHANNELS, 4
+    programs = batch * triton.cdiv(height, 8) * triton.cdiv(width, COLUMNS) * triton.cdiv(channels, CHANNELS)
+    return (8, CHANNELS, 4) if programs >= FEW_PROGRAMS else (8, CHANNELS // 2, 2)
 
 
 def _launch(
@@ -98,10 +98,10 @@ def _launch(
     if x.numel() == 0:
         return
     batch, height, width, channels = x.shape
-    rows, columns, warps = _tile(x)
-    row_tiles, column_tiles = triton.cdiv(height, rows), triton.cdiv(width, columns)
+    rows, tile_channels, warps = _tile(x)
+    row_tiles, column_tiles = triton.cdiv(height, rows), triton.cdiv(width, COLUMNS)
     y_partials, x_partials = partials or (None, None)
-    _convolve[(batch * row_tiles * column_tiles, triton.cdiv(channels, CHANNELS))](
+    _convolve[(batch * row_tiles * column_tiles, triton.cdiv(channels, tile_channels))](
         x,
         taps,
         bias,
@@ -121,8 +121,8 @@ def _launch(
         column_tiles,
         1.0 / (height * width),
         rows,
-        columns,
-        CHANNELS,
+        COLUMNS,
+        tile_channels,
         num_warps=warps,
     )
 
@@ -224,7 +224,7 @@ def _convolve(
 
 @triton.jit
 def to_float32(x):
-    """Exact. A bfloat16 is the upper half of its float32; said in bits, one of a pair costs one instruction, not two."""
+    """Exact. A bfloat16 is the upper half of its float32: in bits, each of a pair costs one instruction, not up to two."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:

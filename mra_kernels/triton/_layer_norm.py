@@ -16,15 +16,16 @@ from torch import Tensor
 
 from mra_kernels.triton._sums import add_partials
 
-# Elements of a program's block, and the most programs that share the sums of a backward: two for each of 132 SMs.
-ELEMENTS, PROGRAMS = 4096, 264
+# Elements of a program's block and of a warp, and the most programs that share the sums of a backward: three for each
+# of 132 SMs.
+ELEMENTS, WARP_ELEMENTS, PROGRAMS = 2048, 256, 396
 
 
-def block_of(channels: int, elements: int = ELEMENTS) -> tuple[int, int, int]:
-    """Positions and channels of a block, and its warps: at most 32 elements a thread."""
+def block_of(channels: int) -> tuple[int, int, int]:
+    """Positions and channels of a block, and its warps."""
     columns = triton.next_power_of_2(channels)
-    rows = max(1, min(16, elements // columns))
-    return rows, columns, max(1, min(16, rows * columns // 512))
+    rows = max(1, min(16, ELEMENTS // columns))
+    return rows, columns, max(1, min(16, rows * columns // WARP_ELEMENTS))
 
 
 def layer_norm(
@@ -85,8 +86,7 @@ def layer_norm_backward(
     """
     batch, height, width, channels = x.shape
     count = batch * height * width
-    # Twice as many maps as in the forward, and their sums.
-    rows, columns, warps = block_of(channels, ELEMENTS // 2)
+    rows, columns, warps = block_of(channels)
     steps = triton.cdiv(triton.cdiv(count, rows), PROGRAMS)
     programs = triton.cdiv(count, max(1, rows * steps))
     partials = [x.new_empty((programs, channels), dtype=torch.float32) if need else None for need in needs]

@@ -1,7 +1,7 @@
 """`gated_resample_add` in Triton: low + gate * resample(high), by average pooling, on the same grid, or bilinear.
 
-Work: a program owns 16 pixels of a row and 64 channels, 16 bytes of bfloat16 a thread. Fused: the resampling, the gate and the
-sum. Bytes, on one grid: 3 * C elements a pixel; 2 FLOPs an element: bound by memory.
+Work: a program owns 16 pixels of a row and 64 channels, 16 bytes of bfloat16 a thread. Fused: the resampling, the gate
+and the sum. Bytes, on one grid: 3 * C elements a pixel; 2 FLOPs an element: bound by memory.
 
 Backward gathers: each high-resolution pixel sums the low-resolution pixels that read it, so nothing is atomic. The
 gate's gradient is summed by one program for each row of the low grid, then over the rows in a fixed order.
@@ -18,7 +18,7 @@ from mra_kernels.triton._sums import add_partials
 
 PIXELS, CHANNELS, WARPS = 16, 64, 4
 # Of the gate's gradient: there are as few programs as rows.
-GATE_PIXELS, GATE_CHANNELS, GATE_WARPS = 8, 256, 8
+GATE_PIXELS, GATE_CHANNELS, GATE_WARPS = 16, 128, 8
 SAME, POOL, BILINEAR = 0, 1, 2
 
 
@@ -41,7 +41,7 @@ def backward(grad_y: Tensor, high: Tensor, gate: Tensor, needs: Sequence[bool]) 
     if needs[0]:
         grad_high = torch.empty_like(high)
         if high.numel() > 0:
-            readers = [_readers(sizes[i], sizes[i + 2]) for i in (0, 1)]
+            readers = [_readers(low, source) for low, source in zip(grad_y.shape[1:3], high.shape[1:3], strict=True)]
             _high_gradient[_grid(high)](
                 grad_y, gate, grad_high, *sizes, *readers[0], *readers[1], mode, PIXELS, CHANNELS, num_warps=WARPS
             )
