@@ -5,6 +5,7 @@ from torch import Tensor
 from mra_kernels.native import depthwise_conv_gelu as native
 from mra_kernels.ops._operator import Operator, accumulator_dtype, check_map, check_shape
 from mra_kernels.reference.depthwise_conv_gelu import depthwise_conv_gelu as reference
+from mra_kernels.triton._support import backend as triton_backend
 
 
 def depthwise_conv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +45,6 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": native.BACKEND, "triton": "no Triton kernel yet"},
+    backends={"native": native.BACKEND, "triton": triton_backend("depthwise_conv_gelu")},
     public=3,
 )

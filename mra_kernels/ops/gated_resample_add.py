@@ -5,6 +5,7 @@ from torch import Tensor
 from mra_kernels.native import gated_resample_add as native
 from mra_kernels.ops._operator import Operator, check_map, check_shape
 from mra_kernels.reference.gated_resample_add import gated_resample_add as reference
+from mra_kernels.triton._support import backend as triton_backend
 
 
 def gated_resample_add(low: Tensor, high: Tensor, gate: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": native.BACKEND, "triton": "no Triton kernel yet"},
+    backends={"native": native.BACKEND, "triton": triton_backend("gated_resample_add")},
     wide=("gate",),
     added="low",
 )

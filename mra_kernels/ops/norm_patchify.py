@@ -5,6 +5,7 @@ from torch import Tensor
 from mra_kernels.native import norm_patchify as native
 from mra_kernels.ops._operator import Operator, accumulator_dtype, check_map, check_shape
 from mra_kernels.reference.norm_patchify import norm_patchify as reference
+from mra_kernels.triton._support import backend as triton_backend
 
 
 def norm_patchify(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -49,5 +50,5 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": native.BACKEND, "triton": "no Triton kernel yet"},
+    backends={"native": native.BACKEND, "triton": triton_backend("norm_patchify")},
 )

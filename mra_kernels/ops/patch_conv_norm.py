@@ -5,6 +5,7 @@ from torch import Tensor
 from mra_kernels.native import patch_conv_norm as native
 from mra_kernels.ops._operator import Operator, accumulator_dtype, check_shape
 from mra_kernels.reference.patch_conv_norm import patch_conv_norm as reference
+from mra_kernels.triton._support import backend as triton_backend
 
 
 def patch_conv_norm(
@@ -64,6 +65,6 @@ _OP = Operator(
     check=_check,
     backends={
         "native": native.BACKEND,
-        "triton": "no Triton kernel yet",
+        "triton": triton_backend("patch_conv_norm"),
     },
 )
