@@ -224,7 +224,7 @@ def _convolve(
 
 @triton.jit
 def to_float32(x):
-    """Exact. A bfloat16 is the upper half of its float32: in bits, each of a pair costs one instruction, not up to two."""
+    """Exact. A bfloat16 is the upper half of its float32: in bits, each of a pair costs one instruction, not two."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
