@@ -114,10 +114,10 @@ def test_report_ignores_an_explicit_choice() -> None:
 
 
 def test_the_registered_op_names_a_backend_that_is_missing() -> None:
-    inputs = make_inputs("norm_patchify", 1, 2, 2, 4)
-    for backend, reason in (("triton", "no Triton kernel yet"), ("fast", "there is no such backend")):
-        with pytest.raises(RuntimeError, match=f"mra::norm_patchify on backend {backend}: {reason}"):
-            torch.ops.mra.norm_patchify(*inputs.values(), backend)
+    inputs = make_inputs("adapter_gate", 1, 4, 2)
+    for backend, reason in (("native", "no native kernel yet"), ("fast", "there is no such backend")):
+        with pytest.raises(RuntimeError, match=f"mra::adapter_gate on backend {backend}: {reason}"):
+            torch.ops.mra.adapter_gate(*inputs.values(), backend)
 
 
 def test_extension_absent_and_broken_are_different(monkeypatch: pytest.MonkeyPatch) -> None:

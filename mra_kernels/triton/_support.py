@@ -25,10 +25,10 @@ PROBLEM = None if find_spec("triton") else "Triton is not installed: pip install
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     """None for float32, bfloat16 or float16 on a CUDA device with Triton installed, otherwise the reason."""
-    if PROBLEM is not None:
-        return PROBLEM
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"no Triton kernels for device type {device.type}"
+    if PROBLEM is not None:
+        return PROBLEM
     if dtype not in DTYPES:
         names = ", ".join([str(d).removeprefix("torch.") for d in DTYPES])
         return f"no Triton kernel for {str(dtype).removeprefix('torch.')}, only for {names}"
