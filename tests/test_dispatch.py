@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mra_kernels
 from mra_kernels import dispatch
@@ -191,3 +194,58 @@ def test_import_without_torch() -> None:
     assert lines[0] == ("built" if _extension.PROBLEM is None else "no extension")
     assert lines[1] == "mra_kernels.linear_gelu needs torch, which is not installed: pip install 'torch>=2.11'"
     assert lines[2] == "module 'mra_kernels' has no attribute 'nonsense'"
+
+
+class TestUnwatchedCalls:
+    """A call that nothing watches skips PyTorch's dispatcher; whatever must see the op still does."""
+
+    @pytest.fixture
+    def seen(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """By which way the calls went."""
+        op, ways = OPS["depthwise_conv_norm"], []
+        kernel, dispatched = op.backends["native"], op._forward_op
+
+        def forward(*args: Any) -> Any:
+            ways.append("kernel")
+            return kernel.forward(*args)
+
+        def through_dispatcher(*args: Any) -> Any:
+            ways.append("dispatcher")
+            return dispatched(*args)
+
+        monkeypatch.setitem(op.backends, "native", replace(kernel, forward=forward))
+        monkeypatch.setattr(op, "_forward_op", through_dispatcher)
+        return ways
+
+    def inputs(self) -> list[Any]:
+        return list(make_inputs("depthwise_conv_norm", 1, 3, 4, 8).values())
+
+    def test_alone(self, seen: list[str]) -> None:
+        inputs = self.inputs()
+        inputs[1].requires_grad_()
+        with torch.no_grad():
+            OPS["depthwise_conv_norm"](*inputs)
+        assert seen == ["kernel"]
+
+    def test_recorded(self, seen: list[str]) -> None:
+        inputs = self.inputs()
+        inputs[1].requires_grad_()
+        assert OPS["depthwise_conv_norm"](*inputs).requires_grad
+        assert seen == ["dispatcher", "kernel"]
+
+    def test_mode_profiler_and_subclass(self, seen: list[str]) -> None:
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                return func(*args, **(kwargs or {}))
+
+        class Subclass(torch.Tensor):
+            pass
+
+        with Mode():
+            OPS["depthwise_conv_norm"](*self.inputs())
+        with torch.profiler.profile() as trace:
+            OPS["depthwise_conv_norm"](*self.inputs())
+        assert "mra::depthwise_conv_norm" in {event.key for event in trace.key_averages()}
+        x, *others = self.inputs()
+        OPS["depthwise_conv_norm"](x.as_subclass(Subclass), *others)
+        assert seen == ["dispatcher", "kernel"] * 3

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mra_kernels.dispatch import Backend, choose
 
@@ -108,16 +109,15 @@ class Operator:
         backend = choose(self.name, self.backends, lead.device, lead.dtype)
         if backend == "reference":
             return self.reference(*args)
-        outputs = self._forward_op(*args, *self._keep(args), backend)
+        recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        keep = (recorded,) if self._keeps else ()
+        if recorded or not _is_unwatched(args):
+            outputs = self._forward_op(*args, *keep, backend)
+        else:
+            outputs = self._kernel(backend).forward(*args, *keep)
         if len(self._outputs) == 1:
             return outputs
         return outputs[0] if self._public == 1 else tuple(outputs[: self._public])
-
-    def _keep(self, args: tuple) -> tuple[bool, ...]:
-        """The argument `keep`, where the op has one: whether autograd records this call."""
-        if not self._keeps:
-            return ()
-        return (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args),)
 
     def _autocast(self, args: tuple, dtype: torch.dtype) -> tuple:
         return tuple(
@@ -292,6 +292,22 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple) -> None:
     """Raises unless `tensor` has the expected shape."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, but must have {expected}")
+
+
+def _is_unwatched(args: Sequence[Any]) -> bool:
+    """Whether nothing must see the op itself: no compiler, tracer, transform, mode, profiler or tensor subclass.
+
+    Then its kernel is called without PyTorch's dispatcher, which takes longer than launching it on a GPU does.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+        and not torch.autograd._profiler_enabled()
+        and all(type(a) in (Tensor, Parameter) for a in args if isinstance(a, Tensor))
+    )
 
 
 def check_map(op: str, name: str, tensor: Tensor) -> None:
