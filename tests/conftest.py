@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a tiny model of the real structure, and the folder of golden data."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,11 @@ from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mra_model import MraVisionConfig, MraVisionModel, build_model
 from mra_model.presets import llava_config
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter
+
+    triton_interpreter.install()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from mra_kernels.ops._operator import Operator, check_shape
 from mra_kernels.reference.adapter_gate import adapter_gate as reference
+from mra_kernels.triton._support import backend as triton_backend
 
 
 def adapter_gate(
@@ -59,6 +60,6 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": "no native kernel yet", "triton": "no Triton kernel yet"},
+    backends={"native": "no native kernel yet", "triton": triton_backend("adapter_gate")},
     wide=("low_mean", "high_mean"),
 )
