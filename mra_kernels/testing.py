@@ -226,6 +226,11 @@ def _gated_projection_add(lead: Sequence[int], outputs: int, low_inputs: int, hi
     }
 
 
+def _add_norm(lead: Sequence[int], channels: int) -> dict[str, Shape]:
+    tokens, vector = (*lead, channels), (channels,)
+    return {"x": tokens, "delta": tokens, "norm_weight": vector, "norm_bias": vector}
+
+
 def _adapter_gate(batch: int, channels: int, hidden: int) -> dict[str, Shape]:
     return {
         "low_mean": (batch, channels),
@@ -239,6 +244,7 @@ def _adapter_gate(batch: int, channels: int, hidden: int) -> dict[str, Shape]:
 
 SHAPES: dict[str, Callable[..., dict[str, Shape]]] = {
     "adapter_gate": _adapter_gate,
+    "add_norm": _add_norm,
     "depthwise_conv_gelu": _depthwise,
     "depthwise_conv_norm": _depthwise_conv_norm,
     "gated_projection_add": _gated_projection_add,

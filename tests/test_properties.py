@@ -57,6 +57,7 @@ def pictures(draw: st.DrawFn) -> tuple[int, ...]:
 depthwise = st.tuples(batches, sides, sides, channels)
 DIMS: dict[str, st.SearchStrategy[tuple]] = {
     "adapter_gate": st.tuples(batches, channels, channels),
+    "add_norm": st.tuples(leads, normed),
     "depthwise_conv_gelu": depthwise,
     "depthwise_conv_norm": st.tuples(batches, sides, sides, normed),
     "gated_projection_add": st.tuples(leads, channels, channels, channels),

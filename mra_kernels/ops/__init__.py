@@ -1,7 +1,8 @@
-"""The nine ops: a public function each, registered as `torch.ops.mra.<op>` with shapes, gradients and backends."""
+"""The ten ops: a public function each, registered as `torch.ops.mra.<op>` with shapes, gradients and backends."""
 
 from mra_kernels.ops._operator import REGISTRY as OPS
 from mra_kernels.ops.adapter_gate import adapter_gate
+from mra_kernels.ops.add_norm import add_norm
 from mra_kernels.ops.depthwise_conv_gelu import depthwise_conv_gelu
 from mra_kernels.ops.depthwise_conv_norm import depthwise_conv_norm
 from mra_kernels.ops.gated_projection_add import gated_projection_add
@@ -14,6 +15,7 @@ from mra_kernels.ops.patch_conv_norm import patch_conv_norm
 __all__ = [
     "OPS",
     "adapter_gate",
+    "add_norm",
     "depthwise_conv_gelu",
     "depthwise_conv_norm",
     "gated_projection_add",
