@@ -195,8 +195,9 @@ def _program() -> tuple[int, tuple[int, int, int]]:
     return 1 + (x * height + y) * depth + z, (x, y, z)
 
 
-def _boolean(mask: TensorHandle) -> TensorHandle:
-    return TensorHandle(mask.data.astype(bool), tl.int1)
+def _boolean(mask: TensorHandle | np.ndarray) -> TensorHandle:
+    """A mask as later versions want it; descriptors come with a bare array."""
+    return TensorHandle(np.asarray(mask.data if isinstance(mask, TensorHandle) else mask).astype(bool), tl.int1)
 
 
 def _load(original: Callable, self: Any, pointers: TensorHandle, mask: TensorHandle, *others: Any, **named: Any) -> Any:

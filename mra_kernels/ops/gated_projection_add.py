@@ -4,6 +4,7 @@ from torch import Tensor
 
 from mra_kernels.ops._operator import Operator, check_shape
 from mra_kernels.reference.gated_projection_add import gated_projection_add as reference
+from mra_kernels.triton._support import backend as triton_backend
 
 
 def gated_projection_add(
@@ -81,7 +82,10 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": "no native kernel yet: two library products and a sum", "triton": "no Triton kernel yet"},
+    backends={
+        "native": "no native kernel yet: two library products and a sum",
+        "triton": triton_backend("gated_projection_add"),
+    },
     wide=("gate",),
     added="low",
 )

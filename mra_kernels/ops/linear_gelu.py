@@ -8,6 +8,7 @@ from torch import Tensor
 from mra_kernels.native import linear_gelu as native
 from mra_kernels.ops._operator import Operator, accumulator_dtype, check_shape
 from mra_kernels.reference.linear_gelu import linear_gelu as reference
+from mra_kernels.triton._support import backend as triton_backend
 
 
 @overload
@@ -77,7 +78,7 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": native.BACKEND, "triton": "no Triton kernel yet"},
+    backends={"native": native.BACKEND, "triton": triton_backend("linear_gelu")},
     public=2,
     wide=("mean_weights",),
 )

@@ -5,6 +5,7 @@ from torch import Tensor
 from mra_kernels.native import linear_scale_residual as native
 from mra_kernels.ops._operator import Operator, check_shape
 from mra_kernels.reference.linear_scale_residual import linear_scale_residual as reference
+from mra_kernels.triton._support import backend as triton_backend
 
 
 def linear_scale_residual(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor) -> Tensor:
@@ -57,6 +58,6 @@ _OP = Operator(
     reference=reference,
     fake=_fake,
     check=_check,
-    backends={"native": native.BACKEND, "triton": "no Triton kernel yet"},
+    backends={"native": native.BACKEND, "triton": triton_backend("linear_scale_residual")},
     added="residual",
 )

@@ -1,8 +1,8 @@
 """`adapter_gate` in Triton: tanh(W2 GELU(W1 [low_mean, high_mean] + b1) + b2), one scalar a picture.
 
 A launch-bound op: at C = 1024 and D = 512 it reads the 2 MB of W1 once for every four pictures, and multiplies each
-weight with a few numbers. One SM alone would need 10 us or more for that, so a program takes a few rows of W1, and a second
-launch adds up what the programs contribute to the second layer. The cut is by D, so pictures in a batch see W1 in L2.
+weight with a few numbers. One multiprocessor alone would need 10 us or more for that, so a program takes a few rows of
+W1, and a second launch adds up what the programs contribute to the second layer.
 
 forward:   `_hidden` (W1, GELU, its share of W2), `_finish` (sum over programs, tanh)
 backward:  both again, now keeping W1's output and turning the sum into the gradient before tanh, then
@@ -204,8 +204,7 @@ def _weight_gradients(
     if grad_down_weight is not None:
         tl.store(grad_down_weight + row, down_row.to(grad_down_weight.dtype.element_ty), mask=inside)
     if grad_down_bias is not None:
-        if tl.program_id(0) == 0:
-            tl.store(grad_down_bias, down_bias.to(grad_down_bias.dtype.element_ty))
+        tl.store(grad_down_bias, down_bias, mask=tl.program_id(0) == 0)
     if grad_up_weight is not None:
         for first in range(0, channels, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
@@ -238,7 +237,7 @@ def _mean_gradients(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """grad_sum: [B], product: [B, hidden], up_weight: [hidden, 2 * channels] -> gradients of the means: [B, channels]."""
+    """grad_sum: [B], product: [B, hidden], up_weight: [hidden, 2 * channels] -> the means' gradients: [B, channels]."""
     picture = tl.program_id(1)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.load(grad_sum + picture)
