@@ -267,8 +267,10 @@ class Merge(nn.Module):
         height, width = low.shape[1:3]
         if high.shape[1] > height or high.shape[2] > width:
             high = reference.resample(high, height, width)
-        # One GEMM writes the sum, the other's output is resampled into it.
+        # One GEMM writes the sum, the other adds to it, or its output is resampled into it.
         y = F.linear(low, self.low_weight, self.low_bias)
+        if high.shape[1:3] == low.shape[1:3]:
+            return linear_scale_residual(high, self.high_weight, self.high_bias, None, y)
         high = F.linear(high, self.high_weight, self.high_bias)
         return gated_resample_add(y, high, torch.ones(low.shape[0], dtype=_wide(low), device=low.device))
 

@@ -1,6 +1,6 @@
 """CLIP's encoder layers with query, key and value as one product, and sums in one kernel with what is around them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,27 +81,34 @@ class LayerRoute:
         return add_linear(x, hidden, layer.mlp.fc2, next_norm, share)
 
 
-def run_layers(layers: Iterable[nn.Module], routes: Sequence[LayerRoute | None], x: Tensor) -> Tensor:
+def run_layers(
+    layers: Iterable[nn.Module],
+    routes: Sequence[LayerRoute | None],
+    sharp_biases: Mapping[LayerRoute, Tensor],
+    x: Tensor,
+) -> Tensor:
     """Layers one after the other, x: [B, L, C] -> [B, L, C], by their routes where they have one."""
     # Hooks of a layer itself see, and may change, what goes in and comes out: nothing is computed across them.
     joined = [route if route is not None and not is_hooked(route.layer) else None for route in routes]
-    biases = _sharp_biases([route for route in joined if route is not None], x)
     normed = None
     for layer, route, inner, following in zip(layers, routes, joined, [*joined[1:], None], strict=True):
         if inner is not None:
             next_norm = None if following is None else following.layer.layer_norm1
-            x, normed = inner.between(x, normed, next_norm, biases.get(inner))
+            x, normed = inner.between(x, normed, next_norm, sharp_biases.get(inner))
         else:
             # A layer that is none of ours knows no route.
             x, normed = layer(x, None) if route is None else layer(x, None, route=route), None
     return x
 
 
-def _sharp_biases(routes: Sequence[LayerRoute], x: Tensor) -> dict[LayerRoute, Tensor]:
-    """What `activate` wants of each layer whose MLP it computes by silu, in one kernel: [N] each."""
-    routes = [route for route in routes if _by_silu(route.layer.mlp, x)]
-    biases = [route.layer.mlp.fc1.bias for route in routes]
-    return dict(zip(routes, torch._foreach_mul(biases, SHARPNESS), strict=True)) if biases else {}
+def sharp_biases(routes: Iterable[LayerRoute | None], x: Tensor) -> dict[LayerRoute, Tensor]:
+    """What `activate` wants to know of each layer whose MLP it computes by silu, [N], all in one kernel.
+
+    At every call, since nothing tells when a parameter's values change.
+    """
+    sharp = [route for route in routes if route is not None and _by_silu(route.layer.mlp, x)]
+    biases = [route.layer.mlp.fc1.bias for route in sharp]
+    return dict(zip(sharp, torch._foreach_mul(biases, SHARPNESS), strict=True)) if biases else {}
 
 
 def add_linear(

@@ -14,7 +14,7 @@ from mra_kernels.modules import resample_mean_weights
 from mra_model.configuration_mra import HIGH_STRIDE, QUARTERS
 from mra_model.modeling_mra import MraAdapterLayer, MraVisionModel
 from mra_model.optimization.graphs import CudaCapture, GraphCache
-from mra_model.optimization.layers import LayerRoute, run_layers, why_not
+from mra_model.optimization.layers import LayerRoute, run_layers, sharp_biases, why_not
 from mra_model.optimization.packing import Packed, why_not_together
 from mra_model.optimization.report import Optimization
 from mra_model.optimization.structure import Structure, is_hooked
@@ -121,10 +121,11 @@ class TowerRoute:
             with torch.cuda.stream(side):
                 high, hidden = self._look_high(pixels, constants)
         tokens = low.embed(pixels, grid, constants.positions)
+        biases = sharp_biases(self._layers, tokens)
         quarter = len(low.layers) // QUARTERS
         for number in range(QUARTERS):
             layers = slice(number * quarter, (number + 1) * quarter)
-            tokens = run_layers(low.layers[layers], self._layers[layers], tokens)
+            tokens = run_layers(low.layers[layers], self._layers[layers], biases, tokens)
             if side is not None and number == 0:
                 stream.wait_stream(side)
             if number < len(tower.adapters):
