@@ -2,9 +2,9 @@
 
 The tower has the real one's depths, adapters and ratio of the grids, but narrow channels, which no count depends on.
 What is counted are ATen operators that compute, one launch each; views and allocations are none, and an op of
-`mra_kernels` is one where any backend has a kernel for it. Routes are those of a GPU, on tensors of the CPU. So these are
-estimates: there a library may split one operator into several kernels, and an op may be a product and a pass. The step
-`vision/forward/b1` counts the kernels themselves.
+`mra_kernels` is one where any backend has a kernel for it. Routes are those of a GPU, though tensors are on the CPU. So
+these are estimates: there a library may split one operator into several kernels, and an op may be a product and a pass.
+The step `vision/forward/b1` counts the kernels themselves.
 """
 
 from collections import Counter
