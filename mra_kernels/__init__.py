@@ -1,6 +1,6 @@
 """Fused kernels for mixture-of-resolution vision-language models.
 
-The ten ops of `mra_kernels.ops` are plain functions over channels-last tensors; `mra_kernels.modules` binds them to
+The eleven ops of `mra_kernels.ops` are plain functions over channels-last tensors; `mra_kernels.modules` binds them to
 parameters. `build_info()` works without torch, so that a wheel can be inspected where torch is not installed.
 """
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING or find_spec("torch") is not None:
         linear_scale_residual,
         norm_patchify,
         patch_conv_norm,
+        project_mean,
     )
 else:
 
@@ -55,5 +56,6 @@ __all__ = [
     "linear_scale_residual",
     "norm_patchify",
     "patch_conv_norm",
+    "project_mean",
     "use_backend",
 ]

@@ -158,7 +158,7 @@ def argument_names(op: str) -> list[str]:
     return [argument.name for argument in schema.arguments if argument.name not in ("keep", "backend")]
 
 
-WIDE = ("low_mean", "high_mean", "gate", "mean_weights")
+WIDE = ("low_mean", "high_mean", "hidden_mean", "base_mean", "gate", "mean_weights")
 
 
 def _fill(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
@@ -242,6 +242,11 @@ def _adapter_gate(batch: int, channels: int, hidden: int) -> dict[str, Shape]:
     }
 
 
+def _project_mean(batch: int, inputs: int, outputs: int, base: bool = True) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {"hidden_mean": (batch, inputs), "weight": (outputs, inputs), "bias": (outputs,)}
+    return shapes | {"base_mean": (batch, outputs)} if base else shapes
+
+
 SHAPES: dict[str, Callable[..., dict[str, Shape]]] = {
     "adapter_gate": _adapter_gate,
     "add_norm": _add_norm,
@@ -253,6 +258,7 @@ SHAPES: dict[str, Callable[..., dict[str, Shape]]] = {
     "linear_scale_residual": _linear_scale_residual,
     "norm_patchify": _norm_patchify,
     "patch_conv_norm": _patch_conv_norm,
+    "project_mean": _project_mean,
 }
 
 

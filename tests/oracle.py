@@ -1,4 +1,4 @@
-"""The ten ops written out by hand, for float64: nothing here shares code with what is tested.
+"""The eleven ops written out by hand, for float64: nothing here shares code with what is tested.
 
 Convolutions are sums of shifted maps, norms their formulas, a resize gathers its two neighbors. `uncentered` leaves
 out what a LayerNorm subtracts, forward and backward: the result is the size of the terms that cancel in the true one.
@@ -129,6 +129,11 @@ def gated_projection_add(
 ) -> Tensor:
     gate = gate.reshape(-1, *[1] * (low.dim() - 1))
     return low + linear(low_hidden, low_weight, low_bias) + gate * linear(high_hidden, high_weight, high_bias)
+
+
+def project_mean(hidden_mean: Tensor, weight: Tensor, bias: Tensor, base_mean: Tensor | None) -> Tensor:
+    y = linear(hidden_mean, weight, bias)
+    return y if base_mean is None else base_mean + y
 
 
 def adapter_gate(

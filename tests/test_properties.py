@@ -66,6 +66,7 @@ DIMS: dict[str, st.SearchStrategy[tuple]] = {
     "linear_scale_residual": st.tuples(leads, channels, channels, st.booleans()),
     "norm_patchify": st.tuples(batches, st.integers(2, 12), st.integers(2, 12), normed),
     "patch_conv_norm": pictures(),
+    "project_mean": st.tuples(batches, channels, channels, st.booleans()),
 }
 
 

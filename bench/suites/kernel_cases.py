@@ -196,6 +196,15 @@ def _adapter_gate(op: str, tower: Tower) -> list[OpCase]:
     return [OpCase(op, VIT, "adapter", f"{tower.width}", (tower.width, tower.width // 2))]
 
 
+def _project_mean(op: str, tower: Tower) -> list[OpCase]:
+    """Of the adapter's two projections."""
+    width, high = tower.width, tower.channels[-1]
+    return [
+        OpCase(op, tower.name, "adapter, low", f"{width} to {width}", (width, width)),
+        OpCase(op, tower.name, "adapter, high", f"{high} to {width}", (high, width, False)),
+    ]
+
+
 _CASES: dict[str, Callable[[str, Tower], list[OpCase]]] = {
     "adapter_gate": _adapter_gate,
     "add_norm": _add_norm,
@@ -207,4 +216,5 @@ _CASES: dict[str, Callable[[str, Tower], list[OpCase]]] = {
     "linear_scale_residual": _linear_scale_residual,
     "norm_patchify": _downsamples,
     "patch_conv_norm": _stem,
+    "project_mean": _project_mean,
 }

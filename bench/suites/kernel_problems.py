@@ -28,6 +28,8 @@ PER_PICTURE = frozenset(
         "high_hidden",
         "low_mean",
         "high_mean",
+        "hidden_mean",
+        "base_mean",
         "gate",
         "output",
     )
