@@ -23,10 +23,18 @@ SUITES = {
 
 # The ones that the paper's architecture stands or falls with come first.
 FIRST_OPS = ("depthwise_conv_norm", "depthwise_conv_gelu", "gated_projection_add", "gated_resample_add", "adapter_gate")
-OPS = (*FIRST_OPS, "linear_gelu", "linear_scale_residual", "norm_patchify", "patch_conv_norm")
+OPS = (
+    *FIRST_OPS,
+    "add_norm",
+    "linear_gelu",
+    "linear_scale_residual",
+    "norm_patchify",
+    "patch_conv_norm",
+    "project_mean",
+)
 
 # Whose shapes depend on the ViT alone: what is measured for ConvNeXt-L is all there is.
-SAME_IN_XXL = frozenset(("depthwise_conv_gelu", "gated_resample_add", "adapter_gate"))
+SAME_IN_XXL = frozenset(("depthwise_conv_gelu", "gated_resample_add", "adapter_gate", "add_norm"))
 
 # Of an op at B=1 on two cores, with the shapes of ConvNeXt-L.
 _CPU_SECONDS = {
@@ -35,10 +43,12 @@ _CPU_SECONDS = {
     "gated_projection_add": 8.0,
     "gated_resample_add": 8.0,
     "adapter_gate": 4.0,
+    "add_norm": 4.0,
     "linear_gelu": 50.0,
     "linear_scale_residual": 80.0,
     "norm_patchify": 15.0,
     "patch_conv_norm": 20.0,
+    "project_mean": 4.0,
 }
 
 # By family and side of the picture, seconds of an answer's step on two cores.

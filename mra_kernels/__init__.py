@@ -1,6 +1,6 @@
 """Fused kernels for mixture-of-resolution vision-language models.
 
-The nine ops of `mra_kernels.ops` are plain functions over channels-last tensors; `mra_kernels.modules` binds them to
+The eleven ops of `mra_kernels.ops` are plain functions over channels-last tensors; `mra_kernels.modules` binds them to
 parameters. `build_info()` works without torch, so that a wheel can be inspected where torch is not installed.
 """
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING or find_spec("torch") is not None:
     from mra_kernels.dispatch import BackendUnavailable, backend_report, use_backend
     from mra_kernels.ops import (
         adapter_gate,
+        add_norm,
         depthwise_conv_gelu,
         depthwise_conv_norm,
         gated_projection_add,
@@ -22,6 +23,7 @@ if TYPE_CHECKING or find_spec("torch") is not None:
         linear_scale_residual,
         norm_patchify,
         patch_conv_norm,
+        project_mean,
     )
 else:
 
@@ -43,6 +45,7 @@ def build_info() -> dict[str, Any]:
 __all__ = [
     "BackendUnavailable",
     "adapter_gate",
+    "add_norm",
     "backend_report",
     "build_info",
     "depthwise_conv_gelu",
@@ -53,5 +56,6 @@ __all__ = [
     "linear_scale_residual",
     "norm_patchify",
     "patch_conv_norm",
+    "project_mean",
     "use_backend",
 ]

@@ -121,6 +121,15 @@ def why_not(backends: Mapping[str, Backend | str], name: str, device: torch.devi
     return backend if isinstance(backend, str) else backend.supports(device, dtype)
 
 
+def has_kernel(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a call would be served by a kernel: for whoever has a better way without one than the reference."""
+    from mra_kernels.ops import OPS
+
+    names = preference() or AUTOMATIC
+    first = next((name for name in names if why_not(OPS[op].backends, name, device, dtype) is None), "reference")
+    return first != "reference"
+
+
 @dataclass(frozen=True)
 class Choice:
     """Who serves one op on one device and dtype: the automatic choice, and each other backend's reason."""

@@ -22,6 +22,7 @@ from mra_kernels.ops import (
     linear_scale_residual,
     norm_patchify,
     patch_conv_norm,
+    project_mean,
 )
 from mra_kernels.ops.gated_resample_add import check_grids
 from mra_kernels.reference import mr_adapter as reference
@@ -218,8 +219,8 @@ class MRAdapter(nn.Module):
         high_hidden, high_mean = hidden
         low_hidden, hidden_mean, low_mean = depthwise_conv_gelu(low, self.low_conv_weight, self.low_conv_bias)
         gate = adapter_gate(
-            low_mean + _project(hidden_mean, self.low_proj_weight, self.low_proj_bias),
-            _project(high_mean, self.high_proj_weight, self.high_proj_bias),
+            project_mean(hidden_mean, self.low_proj_weight, self.low_proj_bias, low_mean),
+            project_mean(high_mean, self.high_proj_weight, self.high_proj_bias),
             self.gate_up_weight,
             self.gate_up_bias,
             self.gate_down_weight,
@@ -267,8 +268,10 @@ class Merge(nn.Module):
         height, width = low.shape[1:3]
         if high.shape[1] > height or high.shape[2] > width:
             high = reference.resample(high, height, width)
-        # One GEMM writes the sum, the other's output is resampled into it.
+        # One GEMM writes the sum, the other adds to it, or its output is resampled into it.
         y = F.linear(low, self.low_weight, self.low_bias)
+        if high.shape[1:3] == low.shape[1:3]:
+            return linear_scale_residual(high, self.high_weight, self.high_bias, None, y)
         high = F.linear(high, self.high_weight, self.high_bias)
         return gated_resample_add(y, high, torch.ones(low.shape[0], dtype=_wide(low), device=low.device))
 
@@ -286,11 +289,6 @@ def _mean_weights(source: int, target: int, like: Tensor) -> Tensor:
     position = torch.arange(target, device=like.device, dtype=like.dtype) * ((source - 1) / (target - 1))
     nodes = torch.arange(source, device=like.device, dtype=like.dtype)
     return (1 - (position[:, None] - nodes).abs()).clamp(min=0).mean(0)
-
-
-def _project(mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """mean: [B, K] in float32 -> [B, N] in float32."""
-    return F.linear(mean, weight.to(mean.dtype), bias.to(mean.dtype))
 
 
 def _wide(x: Tensor) -> torch.dtype:

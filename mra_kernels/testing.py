@@ -158,7 +158,7 @@ def argument_names(op: str) -> list[str]:
     return [argument.name for argument in schema.arguments if argument.name not in ("keep", "backend")]
 
 
-WIDE = ("low_mean", "high_mean", "gate", "mean_weights")
+WIDE = ("low_mean", "high_mean", "hidden_mean", "base_mean", "gate", "mean_weights")
 
 
 def _fill(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
@@ -226,6 +226,11 @@ def _gated_projection_add(lead: Sequence[int], outputs: int, low_inputs: int, hi
     }
 
 
+def _add_norm(lead: Sequence[int], channels: int) -> dict[str, Shape]:
+    tokens, vector = (*lead, channels), (channels,)
+    return {"x": tokens, "delta": tokens, "norm_weight": vector, "norm_bias": vector}
+
+
 def _adapter_gate(batch: int, channels: int, hidden: int) -> dict[str, Shape]:
     return {
         "low_mean": (batch, channels),
@@ -237,8 +242,14 @@ def _adapter_gate(batch: int, channels: int, hidden: int) -> dict[str, Shape]:
     }
 
 
+def _project_mean(batch: int, inputs: int, outputs: int, base: bool = True) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {"hidden_mean": (batch, inputs), "weight": (outputs, inputs), "bias": (outputs,)}
+    return shapes | {"base_mean": (batch, outputs)} if base else shapes
+
+
 SHAPES: dict[str, Callable[..., dict[str, Shape]]] = {
     "adapter_gate": _adapter_gate,
+    "add_norm": _add_norm,
     "depthwise_conv_gelu": _depthwise,
     "depthwise_conv_norm": _depthwise_conv_norm,
     "gated_projection_add": _gated_projection_add,
@@ -247,6 +258,7 @@ SHAPES: dict[str, Callable[..., dict[str, Shape]]] = {
     "linear_scale_residual": _linear_scale_residual,
     "norm_patchify": _norm_patchify,
     "patch_conv_norm": _patch_conv_norm,
+    "project_mean": _project_mean,
 }
 
 

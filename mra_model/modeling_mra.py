@@ -60,11 +60,13 @@ class MraPatchEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.num_channels, patch, patch))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: [B, 3, R, R] -> tokens [B, (R // patch) ** 2, C]."""
+        """pixels: [B, 3, R, R] of any dtype -> tokens [B, (R // patch) ** 2, C] in the weight's."""
         batch, channels, side, _ = pixels.shape
         patch = self.weight.shape[-1]
         grid = side // patch
         rows = pixels.view(batch, channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+        # One copy converts and permutes.
+        rows = rows.to(self.weight.dtype, memory_format=torch.contiguous_format)
         return F.linear(rows.reshape(batch, grid * grid, channels * patch * patch), self.weight.flatten(1))
 
 
@@ -85,7 +87,7 @@ class MraLowResolution(nn.Module):
 
         `positions`, [grid * grid, C_l], is what `positions_at(grid)` gave, where it was kept.
         """
-        pixels = _resize_picture(pixel_values, grid * self.patch_size).to(self.position_embedding.dtype)
+        pixels = _resize_picture(pixel_values, grid * self.patch_size)
         positions = self.positions_at(grid) if positions is None else positions
         return self.pre_layernorm(self.patch_embedding(pixels) + positions)
 

@@ -17,8 +17,21 @@ from mra_kernels.ops import OPS
 from mra_kernels.testing import LAYOUTS, argument_names, assert_close
 
 # Maps and their like; the other tensors are parameters, gates or weights of a mean.
-DATA = ("x", "pixels", "low", "high", "residual", "low_hidden", "high_hidden", "low_mean", "high_mean")
-NORM_OPS = ("depthwise_conv_norm", "norm_patchify", "patch_conv_norm")
+DATA = (
+    "x",
+    "delta",
+    "pixels",
+    "low",
+    "high",
+    "residual",
+    "low_hidden",
+    "high_hidden",
+    "low_mean",
+    "high_mean",
+    "hidden_mean",
+    "base_mean",
+)
+NORM_OPS = ("add_norm", "depthwise_conv_norm", "norm_patchify", "patch_conv_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = ("native", "triton")
 REGISTERED = ("operator", *KERNELS)

@@ -1,4 +1,4 @@
-"""The nine ops written out by hand, for float64: nothing here shares code with what is tested.
+"""The eleven ops written out by hand, for float64: nothing here shares code with what is tested.
 
 Convolutions are sums of shifted maps, norms their formulas, a resize gathers its two neighbors. `uncentered` leaves
 out what a LayerNorm subtracts, forward and backward: the result is the size of the terms that cancel in the true one.
@@ -52,6 +52,12 @@ def depthwise_conv_norm(
 def depthwise_conv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     y = gelu(depthwise(x, weight, bias))
     return y, y.mean((1, 2)), x.mean((1, 2))
+
+
+def add_norm(
+    x: Tensor, delta: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, uncentered: bool = False
+) -> tuple[Tensor, Tensor]:
+    return x + delta, layer_norm(x + delta, norm_weight, norm_bias, eps, uncentered)
 
 
 def norm_patchify(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, uncentered: bool = False) -> Tensor:
@@ -123,6 +129,11 @@ def gated_projection_add(
 ) -> Tensor:
     gate = gate.reshape(-1, *[1] * (low.dim() - 1))
     return low + linear(low_hidden, low_weight, low_bias) + gate * linear(high_hidden, high_weight, high_bias)
+
+
+def project_mean(hidden_mean: Tensor, weight: Tensor, bias: Tensor, base_mean: Tensor | None) -> Tensor:
+    y = linear(hidden_mean, weight, bias)
+    return y if base_mean is None else base_mean + y
 
 
 def adapter_gate(

@@ -12,8 +12,10 @@ from torch import Tensor
 import mra_kernels
 from bench.step import Result, Run
 from bench.suites import launches, vision
+from mra_kernels.dispatch import has_kernel
 from mra_kernels.ops import OPS
 from mra_kernels.testing import relative_error
+from mra_model.optimization import layers
 from mra_model.optimization.tower import TowerRoute
 
 CPU = torch.device("cpu")
@@ -126,8 +128,17 @@ class TestLaunches:
         assert all(result.launches == sum(result.facts["operators"].values()) for result in found)
         operators = [result.facts["operators"] for result in found]
         assert [of.get("mra::depthwise_conv_norm", 0) for of in operators] == [0, 36, 36]
-        # Two projections fewer a layer, whose other two sums are in epilogues; two of the adapters' first 1x1 less.
-        assert fused - optimized >= 24 * 4 + 2
+        # Two projections fewer a layer, one kernel for quick-GELU's two and one for sum and norm; two of the adapters'
+        # first 1x1 less. The last layer of each of the four quarters has no norm behind its sum.
+        assert [of.get("mra::add_norm", 0) for of in operators] == [0, 0, 2 * 24 - 4]
+        assert fused - optimized >= 24 * (2 + 1) + (2 * 24 - 4) + 2
+
+    def test_the_routes_of_a_gpu_end_with_the_call(self) -> None:
+        with launches.routes_of_a_gpu():
+            assert has_kernel("add_norm", torch.device("cpu"), torch.float32)
+            assert not layers.on_cpu(torch.zeros(1))
+        assert not has_kernel("add_norm", torch.device("cpu"), torch.float64)
+        assert layers.on_cpu(torch.zeros(1))
 
     def test_a_planted_wrong_route_has_no_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TowerRoute, "__call__", lambda route, pixels, grid: torch.zeros(1, 25, 32))

@@ -13,7 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mra_kernels
 from mra_kernels import dispatch
-from mra_kernels.dispatch import BACKENDS, Backend, backend_report, choose, is_reference, parse_preference, why_not
+from mra_kernels.dispatch import (
+    BACKENDS,
+    Backend,
+    backend_report,
+    choose,
+    has_kernel,
+    is_reference,
+    parse_preference,
+    why_not,
+)
 from mra_kernels.native import _extension
 from mra_kernels.ops import OPS
 from mra_kernels.testing import make_inputs
@@ -58,6 +67,20 @@ def test_explicit_order_takes_the_first_that_serves() -> None:
         assert choose("op", backends, CPU, torch.float32) == "reference"
     with mra_kernels.use_backend("reference,triton"):
         assert choose("op", backends, CPU, torch.float32) == "reference"
+
+
+def test_a_kernel_that_would_be_chosen() -> None:
+    """Not the reference, and not one that is only second in an explicit order."""
+    entries = {"native": SERVES, "triton": "none yet"}
+    op = next(iter(OPS.values()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "backends", entries)
+        assert has_kernel(op.name, CPU, torch.float32)
+        for name, expected in (("native,reference", True), ("reference,native", False), ("triton", False)):
+            with mra_kernels.use_backend(name):
+                assert has_kernel(op.name, CPU, torch.float32) == expected
+        patch.setattr(op, "backends", entries | {"native": REFUSES})
+        assert not has_kernel(op.name, CPU, torch.float32)
 
 
 def test_all_reasons_are_told() -> None:

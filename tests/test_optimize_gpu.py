@@ -19,7 +19,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def make_tower(dtype: torch.dtype = torch.float32, seed: int = 0) -> MraVisionModel:
-    return build_model(make_tiny_config(), dtype=dtype, device="cuda", seed=seed).model.vision_tower
+    """Two layers a quarter, so that there are sums and norms on both sides of a layer's end."""
+    config = make_tiny_config()
+    config.vision_config.low_config.num_hidden_layers = 8
+    return build_model(config, dtype=dtype, device="cuda", seed=seed).model.vision_tower
 
 
 def photos(count: int, side: int = 160, seed: int = 0) -> Tensor:

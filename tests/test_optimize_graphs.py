@@ -15,9 +15,10 @@ import mra_kernels
 from mra_kernels.modules import Merge
 from mra_kernels.testing import relative_error
 from mra_model import MraVisionModel, build_model, optimize
-from mra_model.modeling_mra import MraAdapterLayer, MraConvNeXt, MraEncoderLayer
+from mra_model.modeling_mra import MraAdapterLayer, MraConvNeXt
 from mra_model.optimization import tower as route_module
 from mra_model.optimization.graphs import Call, GraphCache
+from mra_model.optimization.layers import LayerRoute
 
 
 class FakeGraph:
@@ -253,8 +254,9 @@ def test_two_streams(adapters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     tower = build_model(make_tiny_config(adapters=adapters)).model.vision_tower
     capture.tower = tower
     optimize(tower)
-    names = {MraConvNeXt: "ConvNeXt", MraEncoderLayer: "layer", MraAdapterLayer: "adapter", Merge: "merge"}
+    names = {MraConvNeXt: "ConvNeXt", MraAdapterLayer: "adapter", Merge: "merge"}
     with monkeypatch.context() as patch:
+        patch.setattr(LayerRoute, "between", logged("layer", LayerRoute.between))
         for module, name in names.items():
             patch.setattr(module, "forward", logged(name, module.forward))
         found = look(tower, pictures(1))

@@ -57,6 +57,7 @@ def pictures(draw: st.DrawFn) -> tuple[int, ...]:
 depthwise = st.tuples(batches, sides, sides, channels)
 DIMS: dict[str, st.SearchStrategy[tuple]] = {
     "adapter_gate": st.tuples(batches, channels, channels),
+    "add_norm": st.tuples(leads, normed),
     "depthwise_conv_gelu": depthwise,
     "depthwise_conv_norm": st.tuples(batches, sides, sides, normed),
     "gated_projection_add": st.tuples(leads, channels, channels, channels),
@@ -65,6 +66,7 @@ DIMS: dict[str, st.SearchStrategy[tuple]] = {
     "linear_scale_residual": st.tuples(leads, channels, channels, st.booleans()),
     "norm_patchify": st.tuples(batches, st.integers(2, 12), st.integers(2, 12), normed),
     "patch_conv_norm": pictures(),
+    "project_mean": st.tuples(batches, channels, channels, st.booleans()),
 }
 
 

@@ -103,8 +103,9 @@ def least_work(case: OpCase, batch: int, dtype: torch.dtype, direction: str) -> 
     flops = counter.get_total_flops() or None
     if direction == FORWARD:
         return sum(tensor.nbytes for tensor in (*tensors.values(), *outputs)), flops
-    schema = getattr(torch.ops.mra, f"{case.op}_backward").default._schema
-    read = [tensors[argument.name] for argument in schema.arguments if argument.name in tensors]
+    forward, schema = (getattr(torch.ops.mra, name).default._schema for name in (case.op, f"{case.op}_backward"))
+    known = tensors | {value.name: output for value, output in zip(forward.returns, outputs, strict=False)}
+    read = [known[argument.name] for argument in schema.arguments if argument.name in known]
     returned = {value.name.removeprefix("grad_") for value in schema.returns}
     written = [tensors[name] for name in wanted(inputs) if name in returned]
     gradients = 1 if "pixels" in inputs else 2
@@ -185,12 +186,28 @@ def _gated_projection_add(op: str, tower: Tower) -> list[OpCase]:
     ]
 
 
+def _add_norm(op: str, tower: Tower) -> list[OpCase]:
+    """Between the ViT's attention and its MLP, and between its layers."""
+    grid, width = tower.grid, tower.width
+    return [OpCase(op, VIT, "layer", f"{grid}x{grid}x{width}", ((grid * grid,), width), 1e-5)]
+
+
 def _adapter_gate(op: str, tower: Tower) -> list[OpCase]:
     return [OpCase(op, VIT, "adapter", f"{tower.width}", (tower.width, tower.width // 2))]
 
 
+def _project_mean(op: str, tower: Tower) -> list[OpCase]:
+    """Of the adapter's two projections."""
+    width, high = tower.width, tower.channels[-1]
+    return [
+        OpCase(op, tower.name, "adapter, low", f"{width} to {width}", (width, width)),
+        OpCase(op, tower.name, "adapter, high", f"{high} to {width}", (high, width, False)),
+    ]
+
+
 _CASES: dict[str, Callable[[str, Tower], list[OpCase]]] = {
     "adapter_gate": _adapter_gate,
+    "add_norm": _add_norm,
     "depthwise_conv_gelu": _depthwise_conv_gelu,
     "depthwise_conv_norm": _stages,
     "gated_projection_add": _gated_projection_add,
@@ -199,4 +216,5 @@ _CASES: dict[str, Callable[[str, Tower], list[OpCase]]] = {
     "linear_scale_residual": _linear_scale_residual,
     "norm_patchify": _downsamples,
     "patch_conv_norm": _stem,
+    "project_mean": _project_mean,
 }

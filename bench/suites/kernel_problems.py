@@ -17,7 +17,22 @@ Function = Callable[[Inputs], list[Tensor]]
 
 # Inputs and outputs that have a picture in their first dimension; all else are parameters.
 PER_PICTURE = frozenset(
-    ("x", "pixels", "low", "high", "residual", "low_hidden", "high_hidden", "low_mean", "high_mean", "gate", "output")
+    (
+        "x",
+        "delta",
+        "pixels",
+        "low",
+        "high",
+        "residual",
+        "low_hidden",
+        "high_hidden",
+        "low_mean",
+        "high_mean",
+        "hidden_mean",
+        "base_mean",
+        "gate",
+        "output",
+    )
 )
 
 # A larger batch repeats this many pictures, so that float64 stays affordable. Three, because an address that wraps

@@ -2,13 +2,17 @@
 
 The tower has the real one's depths, adapters and ratio of the grids, but narrow channels, which no count depends on.
 What is counted are ATen operators that compute, one launch each; views and allocations are none, and an op of
-`mra_kernels` is one. So these are estimates of a GPU's launches: there a library may split one operator into several
-kernels, and an op without a kernel runs as PyTorch's. The step `vision/forward/b1` counts the kernels themselves.
+`mra_kernels` is one where any backend has a kernel for it. Routes are those of a GPU, though tensors are on the CPU. So
+these are estimates: there a library may split one operator into several kernels, and an op may be a product and a pass.
+The step `vision/forward/b1` counts the kernels themselves.
 """
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -19,9 +23,11 @@ from bench.compare import Case, check
 from bench.step import Result, Run
 from bench.suites.vision import EAGER, FUSED, OPTIMIZED
 from bench.timing import Call
-from mra_kernels import use_backend
+from mra_kernels import dispatch, use_backend
+from mra_kernels.dispatch import Backend
 from mra_kernels.testing import VALUE_FACTOR
 from mra_model import MraVisionConfig, MraVisionModel, optimize
+from mra_model.optimization import layers
 from mra_model.presets import preset_config, randomize_parameters
 
 # The ViT's grid is the high-resolution map's, and larger than the position embedding's, as at 1024.
@@ -30,7 +36,7 @@ NARROW_SIDE, NARROW_STORED = 160, 56
 # Operators that give out memory, or look at it otherwise, without a word of that in their schema.
 _NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh")
 
-COUNTED = "by tracing: ATen operators that compute, an op of mra_kernels as one"
+COUNTED = "by tracing a GPU's routes: ATen operators that compute, an op of mra_kernels as one"
 
 
 class LaunchCounter(TorchDispatchMode):
@@ -59,6 +65,28 @@ def count_launches(call: Call) -> Counter[str]:
     with LaunchCounter() as counter:
         call()
     return Counter(dict(counter.launches.most_common()))
+
+
+class _OnCpu(TorchDispatchMode):
+    """Inside the block an op that backend `triton` was chosen for runs by its reference."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs `func`."""
+        if func.namespace == "mra" and args[-1] == "triton":
+            args = (*args[:-1], "reference")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def routes_of_a_gpu() -> Iterator[None]:
+    """Inside the block CPU tensors take the routes of a GPU for which every op has the kernels that it has at all."""
+
+    def why_not(backends: Mapping[str, Backend | str], name: str, *_: object) -> str | None:
+        kernel = backends.get(name)
+        return kernel if isinstance(kernel, str) else None
+
+    with patch.object(dispatch, "why_not", why_not), patch.object(layers, "on_cpu", lambda _: False), _OnCpu():
+        yield
 
 
 def run(run: Run) -> None:
@@ -123,5 +151,5 @@ def make_tower() -> MraVisionModel:
 @torch.no_grad()
 def _forward(tower: MraVisionModel, pixels: Tensor, backend: str) -> Tensor:
     """pixels: [1, 3, S, S] -> features [1, L, C]."""
-    with use_backend(backend):
+    with use_backend(backend), routes_of_a_gpu():
         return tower(pixels).last_hidden_state

@@ -1,4 +1,4 @@
-"""What the nine ops share: registration with PyTorch, argument checks, autocast, differentiation.
+"""What the eleven ops share: registration with PyTorch, argument checks, autocast, differentiation.
 
 An op is declared by two schemas. Autograd follows from their names: an argument of the backward schema that is called
 like an input or output of the forward is saved for it, `grad_<output>` is that output's gradient, and each
@@ -42,6 +42,8 @@ class Operator:
         public: how many of the returns the caller sees.
         wide: arguments kept in the accumulator's dtype: gates and means.
         added: input that the first output is the sum of; its gradient is the output's, and it is not saved.
+        summed: two inputs whose sum is the first output, and of which nothing else is read: backward takes the sum
+            instead, and returns the gradient of the first of them, which is the second one's, too.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Operator:
         public: int = 1,
         wide: Sequence[str] = (),
         added: str | None = None,
+        summed: tuple[str, str] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
@@ -66,6 +69,7 @@ class Operator:
         REGISTRY[name] = self
         self._public = public
         self._added = added
+        self._summed = summed
 
         LIBRARY.define(name + forward)
         LIBRARY.define(f"{name}_backward{backward}")
@@ -183,6 +187,9 @@ class Operator:
         wanted = [n for n, need in zip(self._differentiable, needs, strict=True) if need]
         if self._added is not None:
             named = named | {self._added: torch.zeros_like(named[f"grad_{self._outputs[0]}"])}
+        if self._summed is not None:
+            total = named[self._outputs[0]]
+            named = named | dict(zip(self._summed, (total, torch.zeros_like(total)), strict=True))
         leaves: dict[str, Any] = {
             n: named[n].detach().requires_grad_(n in wanted) if isinstance(named.get(n), Tensor) else named.get(n)
             for n in self._inputs
@@ -224,6 +231,8 @@ class Operator:
     def _fake_backward(self, *args: Any) -> Any:
         *inputs, needs, _ = args
         named = dict(zip(self._backward_inputs, inputs, strict=True))
+        if self._summed is not None:
+            named[self._summed[0]] = named[self._outputs[0]]
         lead = named[self._differentiable[0]]
         return self._pack_grads(
             [
@@ -250,6 +259,8 @@ class Operator:
         named = dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True)) | ctx.constants
         named |= {f"grad_{name}": g for name, g in zip(self._outputs, grad_outputs, strict=True)}
         needed = dict(zip(self._inputs, ctx.needs_input_grad, strict=False))
+        if self._summed is not None:
+            needed[self._summed[0]] = any(needed[name] for name in self._summed)
         needs = [needed[name] for name in self._differentiable]
         found = {self._added: grad_outputs[0]} if self._added is not None and needed[self._added] else {}
         if any(needs):
@@ -260,6 +271,8 @@ class Operator:
                 sources = (*ctx.saved_tensors, *(g for g in grad_outputs if g is not None))
                 grads = _OnceOnly.apply(self.name, len(grads), *grads, *sources)
             found |= {n: g for n, g, need in zip(self._differentiable, grads, needs, strict=True) if need}
+            if self._summed is not None:
+                found |= {name: found.get(self._summed[0]) for name in self._summed}
         return *(found.get(name) for name in self._inputs), *(None for _ in ctx.needs_input_grad[len(self._inputs) :])
 
 

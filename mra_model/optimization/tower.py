@@ -14,7 +14,7 @@ from mra_kernels.modules import resample_mean_weights
 from mra_model.configuration_mra import HIGH_STRIDE, QUARTERS
 from mra_model.modeling_mra import MraAdapterLayer, MraVisionModel
 from mra_model.optimization.graphs import CudaCapture, GraphCache
-from mra_model.optimization.layers import LayerRoute, why_not
+from mra_model.optimization.layers import LayerRoute, run_layers, sharp_biases, why_not
 from mra_model.optimization.packing import Packed, why_not_together
 from mra_model.optimization.report import Optimization
 from mra_model.optimization.structure import Structure, is_hooked
@@ -121,16 +121,16 @@ class TowerRoute:
             with torch.cuda.stream(side):
                 high, hidden = self._look_high(pixels, constants)
         tokens = low.embed(pixels, grid, constants.positions)
+        biases = sharp_biases(self._layers, tokens)
         quarter = len(low.layers) // QUARTERS
-        for index, layer in enumerate(low.layers, start=1):
-            route = self._layers[index - 1]
-            # A layer that is none of ours knows no route.
-            tokens = layer(tokens, None) if route is None else layer(tokens, None, route=route)
-            if side is not None and index == quarter:
+        for number in range(QUARTERS):
+            layers = slice(number * quarter, (number + 1) * quarter)
+            tokens = run_layers(low.layers[layers], self._layers[layers], biases, tokens)
+            if side is not None and number == 0:
                 stream.wait_stream(side)
-            if index % quarter == 0 and index // quarter <= len(tower.adapters):
-                at = index // quarter - 1
-                tokens = tower.adapters[at](tokens.unflatten(1, (grid, grid)), high, hidden[at]).flatten(1, 2)
+            if number < len(tower.adapters):
+                adapter = tower.adapters[number]
+                tokens = adapter(tokens.unflatten(1, (grid, grid)), high, hidden[number]).flatten(1, 2)
         return tower.merge(tokens.unflatten(1, (grid, grid)), high).flatten(1, 2)
 
     def _look_high(self, pixels: Tensor, constants: Constants) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
@@ -161,7 +161,7 @@ class TowerRoute:
         self._leave_tied()
         served = sum(layer is not None for layer in self._layers)
         if served:
-            report.faster["ViT"] = f"{served} of {len(self._layers)} layers have one QKV product, sums in epilogues"
+            report.faster["ViT"] = f"{served} of {len(self._layers)} layers have one QKV product and fused sums"
         if self._adapters is not None:
             report.faster[ADAPTERS] = "their first 1x1 convolutions are one product"
         report.faster["position embedding"] = "resized once for each side of the picture"
