@@ -3,7 +3,7 @@
 from bench.report import paper, towers
 from bench.report.blocks import Key
 from bench.report.cases import compared, first, kernel_cases, losses
-from bench.report.data import EAGER, FUSED, Machine, Ratio, Subject, geometric_mean
+from bench.report.data import EAGER, FUSED, OPTIMIZED, Machine, Ratio, Subject, geometric_mean
 from bench.report.numbers import NOT_MEASURED, count, factor, median, times
 
 # Of the tower and the answer in the headline.
@@ -78,12 +78,15 @@ def _losing(machine: Machine) -> Key:
 
 
 def _speedup(title: str, subject: Subject, condition: str, about: str) -> Key | None:
-    """Fused against eager; None where either has no time."""
-    both = subject.pair(FUSED, EAGER, condition)
-    gain = subject.gain(FUSED, EAGER, condition)
-    if both is None or gain is None:
-        return None
-    return Key(title, times(gain), f"{median(both[1])} eager, {median(both[0])} fused{_noise(gain)}; {about}")
+    """Optimized against eager, or fused where nothing was optimized; None where eager or both have no time."""
+    for variant in (OPTIMIZED, FUSED):
+        both = subject.pair(variant, EAGER, condition)
+        gain = subject.gain(variant, EAGER, condition)
+        if both is not None and gain is not None:
+            return Key(
+                title, times(gain), f"{median(both[1])} eager, {median(both[0])} {variant}{_noise(gain)}; {about}"
+            )
+    return None
 
 
 def _noise(gain: Ratio) -> str:

@@ -91,8 +91,9 @@ __global__ void __launch_bounds__(kRowThreads, 8)
 
 // Block b takes rows [rows * b / blocks, rows * (b + 1) / blocks). partial: [blocks, 3, C], or null. grad_x may be
 // null, grad_y (in the same order) or x.
+// On sm_80 a float32 row needs a few registers more than three blocks leave it.
 template <class T, int kCount, class Order>
-__global__ void __launch_bounds__(kRowThreads, kNormBackwardBlocks)
+__global__ void __launch_bounds__(kRowThreads, sizeof(T) == 4 ? 2 : kNormBackwardBlocks)
     layer_norm_backward_kernel(const T* grad_y, const T* x, const T* __restrict__ weight,
                                const float* __restrict__ mean, const float* __restrict__ rstd, T* grad_x,
                                float* __restrict__ partial, int64_t rows, int channels, float eps, Order order) {
