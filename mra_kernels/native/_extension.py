@@ -60,7 +60,8 @@ def place(tensor: Tensor) -> tuple[int, int, int, int]:
     """How every kernel's arguments end: dtype code, device index (-1 for the CPU), CUDA stream and CPU threads."""
     code = DTYPE_CODES[tensor.dtype]
     if tensor.is_cuda:
-        return code, tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream, 0
+        device = tensor.get_device()
+        return code, device, torch._C._cuda_getCurrentRawStream(device), 0
     return code, -1, 0, torch.get_num_threads()
 
 

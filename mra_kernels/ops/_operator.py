@@ -93,6 +93,7 @@ class Operator:
         torch.library.register_fake(f"mra::{name}", self._fake_forward, lib=LIBRARY)
         torch.library.register_fake(f"mra::{name}_backward", self._fake_backward, lib=LIBRARY)
         torch.library.register_autograd(f"mra::{name}", self._differentiate, setup_context=self._save, lib=LIBRARY)
+        self._recorded = self._make_function()
 
     def __call__(self, *args: Any) -> Any:
         """The op as users call it: checked, cast under autocast, served by the chosen backend."""
@@ -115,10 +116,12 @@ class Operator:
             return self.reference(*args)
         recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         keep = (recorded,) if self._keeps else ()
-        if recorded or not _is_unwatched(args):
+        if not _is_unwatched(args):
             outputs = self._forward_op(*args, *keep, backend)
+        elif recorded:
+            outputs = self._recorded.apply(*args, *keep, backend)
         else:
-            outputs = self._kernel(backend).forward(*args, *keep)
+            outputs = self._run_forward(*args, *keep, backend)
         if len(self._outputs) == 1:
             return outputs
         return outputs[0] if self._public == 1 else tuple(outputs[: self._public])
@@ -245,6 +248,18 @@ class Operator:
     def _pack_grads(grads: list[Tensor]) -> Any:
         return grads[0] if len(grads) == 1 else tuple(grads)
 
+    def _make_function(self) -> type[torch.autograd.Function]:
+        """The same formula for calls that nothing watches: autograd records it without PyTorch's dispatcher."""
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            ctx.set_materialize_grads(False)
+            outputs = self._run_forward(*args)
+            self._save(ctx, args, outputs)
+            return outputs
+
+        functions = {"forward": staticmethod(forward), "backward": staticmethod(self._differentiate)}
+        return type(f"{self.name}_recorded", (torch.autograd.Function,), functions)
+
     def _save(self, ctx: Any, inputs: tuple, output: Any) -> None:
         outputs = (output,) if len(self._outputs) == 1 else output
         named = dict(zip(self._inputs, inputs, strict=False)) | dict(zip(self._outputs, outputs, strict=True))
@@ -265,7 +280,9 @@ class Operator:
         found = {self._added: grad_outputs[0]} if self._added is not None and needed[self._added] else {}
         if any(needs):
             with torch.no_grad():
-                grads = self._backward_op(*(named[name] for name in self._backward_inputs), needs, ctx.backend)
+                inputs = [named[name] for name in self._backward_inputs]
+                run = self._run_backward if _is_unwatched(inputs) else self._backward_op
+                grads = run(*inputs, needs, ctx.backend)
             grads = (grads,) if isinstance(grads, Tensor) else grads
             if torch.is_grad_enabled():
                 sources = (*ctx.saved_tensors, *(g for g in grad_outputs if g is not None))
