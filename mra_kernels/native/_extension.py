@@ -54,10 +54,3 @@ def unsupported(
 def pointer(tensor: Tensor | None) -> int:
     """The address of a tensor's first element; 0 for none, and for a gradient that nobody needs."""
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
-
-
-def where(tensor: Tensor) -> tuple[int, int, int]:
-    """Where a launch on `tensor` runs: its device's index (-1 for the CPU), CUDA stream, and CPU threads."""
-    if tensor.is_cuda:
-        return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream, 0
-    return -1, 0, torch.get_num_threads()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported, where
+from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -20,7 +20,7 @@ def forward(low: Tensor, high: Tensor, gate: Tensor) -> Tensor:
     low, high, gate = low.contiguous(), high.contiguous(), gate.contiguous()
     y = torch.empty_like(low)
     extension.gated_resample_add_forward(
-        *map(pointer, (low, high, gate, y)), *low.shape, *high.shape[1:3], DTYPE_CODES[low.dtype], *where(low)
+        *map(pointer, (low, high, gate, y)), *low.shape, *high.shape[1:3], DTYPE_CODES[low.dtype], *_where(low)
     )
     return y
 
@@ -37,9 +37,16 @@ def backward(grad_y: Tensor, high: Tensor, gate: Tensor, needs: Sequence[bool]) 
         *grad_y.shape,
         *high.shape[1:3],
         DTYPE_CODES[high.dtype],
-        *where(high),
+        *_where(high),
     )
     return grad_high, grad_gate
+
+
+def _where(tensor: Tensor) -> tuple[int, int, int]:
+    """Device index (-1 for the CPU), CUDA stream and CPU threads of a launch."""
+    if tensor.is_cuda:
+        return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream, 0
+    return -1, 0, torch.get_num_threads()
 
 
 BACKEND = Backend(forward, backward, supports)
