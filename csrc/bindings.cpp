@@ -27,13 +27,6 @@ mra::DType dtype_of(int code) {
   return static_cast<mra::DType>(code);
 }
 
-// The CPU kernels hold float32 and bfloat16.
-mra::DType cpu_dtype_of(int code) {
-  const mra::DType dtype = dtype_of(code);
-  if (dtype == mra::DType::kFloat16) throw std::invalid_argument("the CPU kernels do not take float16");
-  return dtype;
-}
-
 py::dict build_info() {
   py::dict info;
   info["version"] = MRA_VERSION;
@@ -56,39 +49,41 @@ using Address = uintptr_t;
 template <size_t>
 using Size = int64_t;
 
-// Binds a CPU kernel whose arguments are pointers, then sizes, then `More`, the dtype and the threads, in the order of
-// its structure.
+template <class Arguments>
+using Kernel = void(const Arguments&);
+
+// Without a CUDA kernel, or in a build without CUDA, `cuda` is null.
+template <class Arguments>
+void run(const Arguments& arguments, Kernel<Arguments>* cpu, Kernel<Arguments>* cuda) {
+  if (arguments.place.device < 0) {
+    if (arguments.dtype == mra::DType::kFloat16) throw std::invalid_argument("the CPU kernels do not take float16");
+    cpu(arguments);
+  } else if (cuda != nullptr) {
+    cuda(arguments);
+  } else {
+    throw std::runtime_error("mra_kernels._C has no CUDA kernel of this op");
+  }
+}
+
+// Binds kernels whose arguments are pointers, then sizes, then `More`, the dtype and the place, in the order of their
+// structure.
 template <class... More, class Arguments, size_t... Pointers, size_t... Sizes>
-void bind(py::module_& m, const char* name, void (*kernel)(const Arguments&), std::index_sequence<Pointers...>,
-          std::index_sequence<Sizes...>) {
+void bind(py::module_& m, const char* name, Kernel<Arguments>* cpu, Kernel<Arguments>* cuda,
+          std::index_sequence<Pointers...>, std::index_sequence<Sizes...>) {
   m.def(
       name,
-      [kernel](Address<Pointers>... pointers, Size<Sizes>... sizes, More... more, int dtype, int threads) {
-        kernel(Arguments{Pointer{pointers}..., sizes..., more..., cpu_dtype_of(dtype), threads});
+      [cpu, cuda](Address<Pointers>... pointers, Size<Sizes>... sizes, More... more, int dtype, int device,
+                  uintptr_t stream, int threads) {
+        const mra::Place place{device, Pointer{stream}, threads};
+        run(Arguments{Pointer{pointers}..., sizes..., more..., dtype_of(dtype), place}, cpu, cuda);
       },
       kUnlocked);
 }
 
 template <size_t kPointers, size_t kSizes, class... More, class Arguments>
-void bind(py::module_& m, const char* name, void (*kernel)(const Arguments&)) {
-  bind<More...>(m, name, kernel, std::make_index_sequence<kPointers>(), std::make_index_sequence<kSizes>());
-}
-
-template <class Arguments>
-using CudaKernel = void(const Arguments&, int);
-
-// On a GPU, or with device -1 on the CPU. `cuda` is null in a build without CUDA.
-template <class Arguments>
-void run_on(int device, const Arguments& arguments, void (*cpu)(const Arguments&),
-            std::common_type_t<CudaKernel<Arguments>*> cuda) {
-  if (device < 0) {
-    cpu_dtype_of(static_cast<int>(arguments.dtype));
-    cpu(arguments);
-  } else if (cuda != nullptr) {
-    cuda(arguments, device);
-  } else {
-    throw std::runtime_error("mra_kernels._C was built without CUDA");
-  }
+void bind(py::module_& m, const char* name, Kernel<Arguments>* cpu,
+          std::common_type_t<Kernel<Arguments>*> cuda = nullptr) {
+  bind<More...>(m, name, cpu, cuda, std::make_index_sequence<kPointers>(), std::make_index_sequence<kSizes>());
 }
 
 #ifdef MRA_CUDA
@@ -96,26 +91,6 @@ void run_on(int device, const Arguments& arguments, void (*cpu)(const Arguments&
 #else
 #define MRA_CUDA_KERNEL(name) nullptr
 #endif
-
-void gated_resample_add_forward(uintptr_t low, uintptr_t high, uintptr_t gate, uintptr_t y, int64_t batch,
-                                int64_t height, int64_t width, int64_t channels, int64_t high_height,
-                                int64_t high_width, int dtype, int device, uintptr_t stream, int threads) {
-  const mra::GatedResampleAddForward arguments{Pointer{low},    Pointer{high}, Pointer{gate},  Pointer{y},  batch,
-                                               height,          width,         channels,       high_height, high_width,
-                                               dtype_of(dtype), threads,       Pointer{stream}};
-  run_on(device, arguments, mra::cpu::gated_resample_add_forward, MRA_CUDA_KERNEL(gated_resample_add_forward));
-}
-
-void gated_resample_add_backward(uintptr_t grad_y, uintptr_t high, uintptr_t gate, uintptr_t grad_high,
-                                 uintptr_t grad_gate, uintptr_t partial, int64_t batch, int64_t height, int64_t width,
-                                 int64_t channels, int64_t high_height, int64_t high_width, int dtype, int device,
-                                 uintptr_t stream, int threads) {
-  const mra::GatedResampleAddBackward arguments{
-      Pointer{grad_y}, Pointer{high}, Pointer{gate},  Pointer{grad_high}, Pointer{grad_gate}, Pointer{partial},
-      batch,           height,        width,          channels,           high_height,        high_width,
-      dtype_of(dtype), threads,       Pointer{stream}};
-  run_on(device, arguments, mra::cpu::gated_resample_add_backward, MRA_CUDA_KERNEL(gated_resample_add_backward));
-}
 
 }  // namespace
 
@@ -128,6 +103,9 @@ PYBIND11_MODULE(_C, m) {
   bind<9, 4>(m, "depthwise_conv_gelu_backward", depthwise_conv_gelu_backward);
   bind<8, 4, float>(m, "depthwise_conv_norm_forward", depthwise_conv_norm_forward);
   bind<12, 4>(m, "depthwise_conv_norm_backward", depthwise_conv_norm_backward);
+  bind<4, 6>(m, "gated_resample_add_forward", gated_resample_add_forward, MRA_CUDA_KERNEL(gated_resample_add_forward));
+  bind<6, 6>(m, "gated_resample_add_backward", gated_resample_add_backward,
+             MRA_CUDA_KERNEL(gated_resample_add_backward));
   bind<4, 3>(m, "linear_gelu_forward", linear_gelu_forward);
   bind<6, 3>(m, "linear_gelu_backward", linear_gelu_backward);
   bind<4, 2>(m, "linear_scale_residual_forward", linear_scale_residual_forward);
@@ -136,6 +114,4 @@ PYBIND11_MODULE(_C, m) {
   bind<8, 4>(m, "norm_patchify_backward", norm_patchify_backward);
   bind<8, 6, float>(m, "patch_conv_norm_forward", patch_conv_norm_forward);
   bind<7, 2, float>(m, "patch_conv_norm_backward", patch_conv_norm_backward);
-  m.def("gated_resample_add_forward", ::gated_resample_add_forward, kUnlocked);
-  m.def("gated_resample_add_backward", ::gated_resample_add_backward, kUnlocked);
 }

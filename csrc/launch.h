@@ -10,6 +10,13 @@ namespace mra {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// Where a kernel runs.
+struct Place {
+  int device;    // of CUDA; -1 for the CPU
+  void* stream;  // CUDA only: a cudaStream_t
+  int threads;   // CPU only
+};
+
 struct DepthwiseConvNormForward {
   const void* x;            // [B, H, W, C]
   const void* weight;       // [C, 1, 7, 7]
@@ -22,7 +29,7 @@ struct DepthwiseConvNormForward {
   int64_t batch, height, width, channels;
   float eps;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 struct DepthwiseConvNormBackward {
@@ -40,7 +47,7 @@ struct DepthwiseConvNormBackward {
   void* grad_norm_bias;     // [C]
   int64_t batch, height, width, channels;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 struct DepthwiseConvGeluForward {
@@ -52,7 +59,7 @@ struct DepthwiseConvGeluForward {
   float* x_mean;       // [B, C]
   int64_t batch, height, width, channels;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 struct DepthwiseConvGeluBackward {
@@ -67,7 +74,7 @@ struct DepthwiseConvGeluBackward {
   void* grad_bias;           // [C]
   int64_t batch, height, width, channels;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 struct PatchConvNormForward {
@@ -82,7 +89,7 @@ struct PatchConvNormForward {
   int64_t batch, planes, height, width, channels, patch;
   float eps;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 // The norm's part; the convolution's gradients are matrix products.
@@ -97,7 +104,7 @@ struct PatchConvNormBackward {
   int64_t rows, channels;
   float eps;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 struct NormPatchifyForward {
@@ -110,7 +117,7 @@ struct NormPatchifyForward {
   int64_t batch, height, width, channels;
   float eps;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 struct NormPatchifyBackward {
@@ -124,7 +131,7 @@ struct NormPatchifyBackward {
   void* grad_norm_bias;     // [C]
   int64_t batch, height, width, channels;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 // What follows the product; the product itself is the library's.
@@ -135,7 +142,7 @@ struct LinearGeluForward {
   float* y_mean;              // [B, N], sum_l mean_weights[l] y[b, l]; null with mean_weights
   int64_t batch, positions, channels;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 // What precedes the products.
@@ -148,7 +155,7 @@ struct LinearGeluBackward {
   void* grad_bias;            // [N]
   int64_t batch, positions, channels;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 // What follows the product; the product itself is the library's.
@@ -159,7 +166,7 @@ struct LinearScaleResidualForward {
   void* y;               // [rows, N]; may be the product's memory
   int64_t rows, channels;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 // What precedes the products.
@@ -172,7 +179,7 @@ struct LinearScaleResidualBackward {
   void* grad_scale;     // [N]
   int64_t rows, channels;
   DType dtype;
-  int threads;
+  Place place;
 };
 
 struct GatedResampleAddForward {
@@ -182,8 +189,7 @@ struct GatedResampleAddForward {
   void* y;            // [B, H, W, C]
   int64_t batch, height, width, channels, high_height, high_width;
   DType dtype;
-  int threads;   // CPU only
-  void* stream;  // CUDA only: a cudaStream_t
+  Place place;
 };
 
 struct GatedResampleAddBackward {
@@ -195,8 +201,7 @@ struct GatedResampleAddBackward {
   float* partial;      // [B, H], scratch for the gate's gradient; null with it
   int64_t batch, height, width, channels, high_height, high_width;
   DType dtype;
-  int threads;   // CPU only
-  void* stream;  // CUDA only: a cudaStream_t
+  Place place;
 };
 
 // Every CPU kernel: X(context, name, arguments).
@@ -228,9 +233,9 @@ MRA_CPU_KERNELS(MRA_DECLARE, )
 }  // namespace cpu
 
 namespace cuda {
-// On `device`, on the stream of the arguments. Throws std::runtime_error with CUDA's own message.
-void gated_resample_add_forward(const GatedResampleAddForward&, int device);
-void gated_resample_add_backward(const GatedResampleAddBackward&, int device);
+// Throw std::runtime_error with CUDA's own message.
+void gated_resample_add_forward(const GatedResampleAddForward&);
+void gated_resample_add_backward(const GatedResampleAddBackward&);
 }  // namespace cuda
 
 }  // namespace mra

@@ -42,13 +42,13 @@ template <class T>
 void forward(const DepthwiseConvGeluForward& a) {
   const Map<const T> x{static_cast<const T*>(a.x), a.batch, a.height, a.width, a.channels};
   const Map<T> y{static_cast<T*>(a.y), a.batch, a.height, a.width, a.channels};
-  const Convolution<T> convolution(a.weight, a.bias, a.channels, false, a.threads);
+  const Convolution<T> convolution(a.weight, a.bias, a.channels, false, a.place.threads);
   const float share = 1.0f / static_cast<float>(a.height * a.width);
   struct Sums {
     Floats y, x;
   };
   for_each_channel<Sums>(
-      x, convolution, a.threads,
+      x, convolution, a.place.threads,
       [&](Sums& sums, int64_t c, const Tile& tile, const Floats* conv) {
         const int64_t lanes = a.channels - c;
         for_each_pixel(tile, [&](int64_t row, int64_t column) {
@@ -70,10 +70,10 @@ void conv_output_gradient(const DepthwiseConvGeluBackward& a, T* grad_conv, floa
   const Map<const T> x{static_cast<const T*>(a.x), a.batch, a.height, a.width, a.channels};
   const Map<const T> grad_y{static_cast<const T*>(a.grad_y), a.batch, a.height, a.width, a.channels};
   const Map<T> grad{grad_conv, a.batch, a.height, a.width, a.channels};
-  const Convolution<T> convolution(a.weight, a.bias, a.channels, false, a.threads);
+  const Convolution<T> convolution(a.weight, a.bias, a.channels, false, a.place.threads);
   const float share = 1.0f / static_cast<float>(a.height * a.width);
   for_each_channel<Floats>(
-      x, convolution, a.threads,
+      x, convolution, a.place.threads,
       [&](Floats& total, int64_t c, const Tile& tile, const Floats* conv) {
         const int64_t lanes = a.channels - c;
         Floats of_mean = {};
@@ -111,9 +111,9 @@ void backward(const DepthwiseConvGeluBackward& a) {
   if (a.grad_x != nullptr) {
     const float* constant = a.grad_x_mean == nullptr ? nullptr : vectors.get();
     if (constant != nullptr) mean_gradient(a, x.padded(), vectors.get());
-    input_gradient(grad, a.weight, constant, a.threads, static_cast<T*>(a.grad_x));
+    input_gradient(grad, a.weight, constant, a.place.threads, static_cast<T*>(a.grad_x));
   }
-  if (a.grad_weight != nullptr) weight_gradient(x, grad, a.threads, static_cast<T*>(a.grad_weight));
+  if (a.grad_weight != nullptr) weight_gradient(x, grad, a.place.threads, static_cast<T*>(a.grad_weight));
 }
 
 }  // namespace

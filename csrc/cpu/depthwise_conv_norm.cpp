@@ -126,11 +126,11 @@ template <class T>
 void forward(const DepthwiseConvNormForward& a) {
   const Map<const T> x{static_cast<const T*>(a.x), a.batch, a.height, a.width, a.channels};
   const Map<T> y{static_cast<T*>(a.y), a.batch, a.height, a.width, a.channels};
-  const Convolution<T> convolution(a.weight, a.bias, a.channels, false, a.threads);
+  const Convolution<T> convolution(a.weight, a.bias, a.channels, false, a.place.threads);
   float *scale = thread_buffer<struct Scale>(x.padded()), *shift = thread_buffer<struct Shift>(x.padded());
   pack_vector(static_cast<const T*>(a.norm_weight), scale, a.channels);
   pack_vector(static_cast<const T*>(a.norm_bias), shift, a.channels);
-  for_each_task(x, row_tasks(x, a.threads), a.threads, [&](int64_t, int64_t first, int64_t end) {
+  for_each_task(x, row_tasks(x, a.place.threads), a.place.threads, [&](int64_t, int64_t first, int64_t end) {
     TileNorm<T> norm(a, y, scale, shift);
     for (int64_t i = first; i < end; ++i) norm.run(convolution, x, tile_at(x, i));
     norm.flush();
@@ -142,11 +142,11 @@ template <class T>
 void conv_output_gradient(const DepthwiseConvNormBackward& a, int64_t tasks, T* grad_conv, float* partial) {
   const Map<const T> x{static_cast<const T*>(a.x), a.batch, a.height, a.width, a.channels};
   const int64_t padded = x.padded();
-  const Convolution<T> convolution(a.weight, a.bias, a.channels, false, a.threads);
+  const Convolution<T> convolution(a.weight, a.bias, a.channels, false, a.place.threads);
   float* scale = thread_buffer<struct Scale>(padded);
   pack_vector(static_cast<const T*>(a.norm_weight), scale, a.channels);
   std::memset(partial, 0, tasks * NormSums::kRows * padded * sizeof(float));
-  for_each_tile(x, tasks, a.threads, [&](int64_t task, const Tile& tile) {
+  for_each_tile(x, tasks, a.place.threads, [&](int64_t task, const Tile& tile) {
     const TileBuffer conv(padded);
     convolution.run_tile(x, tile, [&](int64_t c, int row, int column, Floats v) { store(conv.at(row, column, c), v); });
     const NormSums sums = NormSums::at(partial + task * NormSums::kRows * padded, padded);
@@ -171,8 +171,8 @@ void backward(const DepthwiseConvNormBackward& a) {
   sum_tasks(sums.bias, tasks, stride, a.channels, static_cast<T*>(a.grad_norm_bias));
   sum_tasks(sums.input, tasks, stride, a.channels, static_cast<T*>(a.grad_bias));
   const Map<const T> grad{grad_conv.get(), a.batch, a.height, a.width, a.channels};
-  if (a.grad_x != nullptr) input_gradient(grad, a.weight, nullptr, a.threads, static_cast<T*>(a.grad_x));
-  if (a.grad_weight != nullptr) weight_gradient(x, grad, a.threads, static_cast<T*>(a.grad_weight));
+  if (a.grad_x != nullptr) input_gradient(grad, a.weight, nullptr, a.place.threads, static_cast<T*>(a.grad_x));
+  if (a.grad_weight != nullptr) weight_gradient(x, grad, a.place.threads, static_cast<T*>(a.grad_weight));
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ struct High {
 template <class T>
 void forward(const GatedResampleAddForward& a) {
   const High<T> high(a.high, a.high_height, a.high_width, a.channels, a.height, a.width);
-#pragma omp parallel for num_threads(a.threads)
+#pragma omp parallel for num_threads(a.place.threads)
   for (int64_t row = 0; row < a.batch * a.height; ++row) {
     const int64_t b = row / a.height;
     const float gate = a.gate[b];
@@ -152,7 +152,7 @@ template <class T>
 void backward(const GatedResampleAddBackward& a) {
   const High<T> high(a.high, a.high_height, a.high_width, a.channels, a.height, a.width);
   const bool pooled = high.window_y > 0;
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(a.place.threads)
   {
     if (pooled || a.grad_gate != nullptr) {
 #pragma omp for nowait

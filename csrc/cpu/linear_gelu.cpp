@@ -30,7 +30,7 @@ void forward(const LinearGeluForward& a) {
   const int64_t padded = round_up(a.channels, kLanes);
   Scratch<float> partial(a.mean_weights == nullptr ? 0 : a.batch * kTasks * padded);
   float* sums_of_all = a.mean_weights == nullptr ? nullptr : partial.get();
-  for_each_run(a.batch, a.positions, padded, a.threads, sums_of_all,
+  for_each_run(a.batch, a.positions, padded, a.place.threads, sums_of_all,
                [&](int64_t b, int64_t first, int64_t last, float* sums) {
                  for (int64_t l = first; l < last; ++l) {
                    const int64_t row = (b * a.positions + l) * a.channels;
@@ -58,7 +58,7 @@ template <class T>
 void backward(const LinearGeluBackward& a) {
   const int64_t padded = round_up(a.channels, kLanes), tasks = a.batch * kTasks;
   Scratch<float> partial(tasks * padded);
-  for_each_run(a.batch, a.positions, padded, a.threads, partial.get(),
+  for_each_run(a.batch, a.positions, padded, a.place.threads, partial.get(),
                [&](int64_t b, int64_t first, int64_t last, float* sums) {
                  for (int64_t l = first; l < last; ++l) {
                    const int64_t row = (b * a.positions + l) * a.channels;

@@ -14,7 +14,7 @@ constexpr int64_t kTasks = 32;
 template <class T>
 void forward(const LinearScaleResidualForward& a) {
   const T* scale = static_cast<const T*>(a.scale);
-#pragma omp parallel for num_threads(a.threads)
+#pragma omp parallel for num_threads(a.place.threads)
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* product = static_cast<const T*>(a.product) + row * a.channels;
     const T* residual = static_cast<const T*>(a.residual) + row * a.channels;
@@ -32,7 +32,7 @@ void backward(const LinearScaleResidualBackward& a) {
   const T* scale = static_cast<const T*>(a.scale);
   Scratch<float> partial(tasks * stride);
   std::memset(partial.get(), 0, tasks * stride * sizeof(float));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.place.threads)
   for (int64_t task = 0; task < tasks; ++task) {
     float *bias_sums = partial.get() + task * stride, *scale_sums = bias_sums + padded;
     for (int64_t row = a.rows * task / tasks; row < a.rows * (task + 1) / tasks; ++row) {

@@ -35,7 +35,7 @@ void forward(const NormPatchifyForward& a) {
   pack_vector(static_cast<const T*>(a.norm_bias), shift, a.channels);
   T* y = static_cast<T*>(a.y);
   const bool streams = worth_streaming(y, patches.rows() * a.width, a.channels);
-#pragma omp parallel for num_threads(a.threads)
+#pragma omp parallel for num_threads(a.place.threads)
   for (int64_t row = 0; row < patches.rows(); ++row) {
     for (int64_t first = 0; first < a.width; first += kTogether) {
       const int64_t count = smaller(kTogether, a.width - first), pixel = row * a.width + first;
@@ -64,7 +64,7 @@ void backward(const NormPatchifyBackward& a) {
   Scratch<float> partial(tasks * stride);
   Scratch<T> unwanted(tasks * round_up(a.channels, 64));
   std::memset(partial.get(), 0, tasks * stride * sizeof(float));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.place.threads)
   for (int64_t task = 0; task < tasks; ++task) {
     NormSums sums = NormSums::at(partial.get() + task * stride, padded);
     sums.input = nullptr;

@@ -80,14 +80,14 @@ void forward(const PatchConvNormForward& a) {
   float* weight = thread_buffer<struct Weight>(padded * depth);
   float* bias = thread_buffer<struct Bias>(padded);
   float *scale = thread_buffer<struct Scale>(padded), *shift = thread_buffer<struct Shift>(padded);
-  pack_weight(static_cast<const T*>(a.weight), a.channels, depth, a.threads, weight);
+  pack_weight(static_cast<const T*>(a.weight), a.channels, depth, a.place.threads, weight);
   std::memset(bias, 0, padded * sizeof(float));
   pack_vector(static_cast<const T*>(a.bias), bias, a.channels);
   pack_vector(static_cast<const T*>(a.norm_weight), scale, a.channels);
   pack_vector(static_cast<const T*>(a.norm_bias), shift, a.channels);
   T* y = static_cast<T*>(a.y);
   const bool streams = worth_streaming(y, a.batch * grid_y * grid_x, a.channels);
-#pragma omp parallel for num_threads(a.threads)
+#pragma omp parallel for num_threads(a.place.threads)
   for (int64_t row = 0; row < a.batch * grid_y; ++row) {
     float *rows = thread_buffer<struct Rows>(depth * kPixels), *conv = thread_buffer<struct Outputs>(kPixels * padded);
     for (int64_t x = 0; x < grid_x; x += kPixels) {
@@ -116,7 +116,7 @@ void backward(const PatchConvNormBackward& a) {
   pack_vector(static_cast<const T*>(a.norm_weight), scale, a.channels);
   Scratch<float> partial(tasks * stride);
   std::memset(partial.get(), 0, tasks * stride * sizeof(float));
-#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.place.threads)
   for (int64_t task = 0; task < tasks; ++task) {
     const NormSums sums = NormSums::at(partial.get() + task * stride, padded);
     const int64_t end = a.rows * (task + 1) / tasks;

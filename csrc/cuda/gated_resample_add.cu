@@ -54,14 +54,14 @@ template <class T, Mode kMode, int kCount>
 void forward(const GatedResampleAddForward& a) {
   const int vectors = to_int(a.channels / kCount), rows = to_int(a.batch * a.height);
   MRA_LAUNCH((gated_resample_add_kernel<T, kMode, kCount>), grid_of(rows, a.width, vectors), kThreads, 0,
-             static_cast<cudaStream_t>(a.stream), static_cast<const T*>(a.low), high_of<T>(a), a.gate,
+             static_cast<cudaStream_t>(a.place.stream), static_cast<const T*>(a.low), high_of<T>(a), a.gate,
              static_cast<T*>(a.y), rows, to_int(a.height), to_int(a.width), vectors);
 }
 
 template <class T, Mode kMode, int kCount>
 void backward(const GatedResampleAddBackward& a) {
   const int vectors = to_int(a.channels / kCount);
-  const auto stream = static_cast<cudaStream_t>(a.stream);
+  const auto stream = static_cast<cudaStream_t>(a.place.stream);
   const T* grad_y = static_cast<const T*>(a.grad_y);
   const High<T> high = high_of<T>(a);
   if (a.grad_high != nullptr) {
@@ -110,20 +110,20 @@ void with_type(DType dtype, Mode mode, int64_t channels, bool addresses_aligned,
 
 }  // namespace
 
-void gated_resample_add_forward(const GatedResampleAddForward& a, int device) {
+void gated_resample_add_forward(const GatedResampleAddForward& a) {
   if (a.batch == 0) return;
   check_sizes(a);
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(a.place.device);
   with_type(a.dtype, mode_of(a), a.channels, aligned(a.low) && aligned(a.high) && aligned(a.y),
             [&](auto element, auto mode, auto count) {
               forward<decltype(element), decltype(mode)::value, decltype(count)::value>(a);
             });
 }
 
-void gated_resample_add_backward(const GatedResampleAddBackward& a, int device) {
+void gated_resample_add_backward(const GatedResampleAddBackward& a) {
   if (a.batch == 0) return;
   check_sizes(a);
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(a.place.device);
   const bool addresses_aligned = aligned(a.grad_y) && aligned(a.high) && aligned(a.grad_high);
   with_type(a.dtype, mode_of(a), a.channels, addresses_aligned, [&](auto element, auto mode, auto count) {
     backward<decltype(element), decltype(mode)::value, decltype(count)::value>(a);

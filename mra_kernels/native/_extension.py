@@ -54,3 +54,11 @@ def unsupported(
 def pointer(tensor: Tensor | None) -> int:
     """The address of a tensor's first element; 0 for none, and for a gradient that nobody needs."""
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def place(tensor: Tensor) -> tuple[int, int, int, int]:
+    """How every kernel's arguments end: dtype code, device index (-1 for the CPU), CUDA stream and CPU threads."""
+    code = DTYPE_CODES[tensor.dtype]
+    if tensor.is_cuda:
+        return code, tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream, 0
+    return code, -1, 0, torch.get_num_threads()

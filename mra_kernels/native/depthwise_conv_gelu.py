@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, unsupported
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -19,9 +19,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Te
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
     y_mean, x_mean = (x.new_empty((x.shape[0], x.shape[3]), dtype=torch.float32) for _ in range(2))
-    extension.depthwise_conv_gelu_forward(
-        *map(pointer, (x, weight, bias, y, y_mean, x_mean)), *x.shape, DTYPE_CODES[x.dtype], torch.get_num_threads()
-    )
+    extension.depthwise_conv_gelu_forward(*map(pointer, (x, weight, bias, y, y_mean, x_mean)), *x.shape, *place(x))
     return y, y_mean, x_mean
 
 
@@ -38,9 +36,7 @@ def backward(
     given = [None if g is None else g.contiguous() for g in (grad_y, grad_y_mean, grad_x_mean)]
     inputs = [t.contiguous() for t in (x, weight, bias)]
     grads = tuple(torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
-    extension.depthwise_conv_gelu_backward(
-        *map(pointer, (*given, *inputs, *grads)), *x.shape, DTYPE_CODES[x.dtype], torch.get_num_threads()
-    )
+    extension.depthwise_conv_gelu_backward(*map(pointer, (*given, *inputs, *grads)), *x.shape, *place(x))
     return grads
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, unsupported
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -26,8 +26,7 @@ def forward(
         *map(pointer, (x, weight, bias, norm_weight, norm_bias, y, mean, rstd)),
         *x.shape,
         eps,
-        DTYPE_CODES[x.dtype],
-        torch.get_num_threads(),
+        *place(x),
     )
     return y, mean, rstd
 
@@ -47,14 +46,11 @@ def backward(
     """Gradients of x, weight, bias, norm_weight and norm_bias; empty where `needs` says no."""
     grad_y, x, weight, bias, norm_weight = (t.contiguous() for t in (grad_y, x, weight, bias, norm_weight))
     inputs = (x, weight, bias, norm_weight, norm_bias)
-    grads = tuple(
-        torch.empty(t.shape, dtype=t.dtype) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True)
-    )
+    grads = tuple(torch.empty_like(t) if need else x.new_empty(0) for t, need in zip(inputs, needs, strict=True))
     extension.depthwise_conv_norm_backward(
         *map(pointer, (grad_y, x, weight, bias, norm_weight, mean, rstd, *grads)),
         *x.shape,
-        DTYPE_CODES[x.dtype],
-        torch.get_num_threads(),
+        *place(x),
     )
     return grads
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, unsupported
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -19,9 +19,7 @@ def forward(low: Tensor, high: Tensor, gate: Tensor) -> Tensor:
     """low: [B, H, W, C], high: [B, H', W', C], gate: [B] -> [B, H, W, C]."""
     low, high, gate = low.contiguous(), high.contiguous(), gate.contiguous()
     y = torch.empty_like(low)
-    extension.gated_resample_add_forward(
-        *map(pointer, (low, high, gate, y)), *low.shape, *high.shape[1:3], DTYPE_CODES[low.dtype], *_where(low)
-    )
+    extension.gated_resample_add_forward(*map(pointer, (low, high, gate, y)), *low.shape, *high.shape[1:3], *place(low))
     return y
 
 
@@ -36,17 +34,9 @@ def backward(grad_y: Tensor, high: Tensor, gate: Tensor, needs: Sequence[bool]) 
         *map(pointer, (grad_y, high, gate, grad_high, grad_gate, partial)),
         *grad_y.shape,
         *high.shape[1:3],
-        DTYPE_CODES[high.dtype],
-        *_where(high),
+        *place(high),
     )
     return grad_high, grad_gate
-
-
-def _where(tensor: Tensor) -> tuple[int, int, int]:
-    """Device index (-1 for the CPU), CUDA stream and CPU threads of a launch."""
-    if tensor.is_cuda:
-        return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream, 0
-    return -1, 0, torch.get_num_threads()
 
 
 BACKEND = Backend(forward, backward, supports)

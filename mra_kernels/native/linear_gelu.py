@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, unsupported
 from mra_kernels.native._product import linear
 
 
@@ -33,8 +33,7 @@ def forward(
         extension.linear_gelu_forward(
             *map(pointer, (product, y, mean_weights, y_mean)),
             *_sizes(y),
-            DTYPE_CODES[y.dtype],
-            torch.get_num_threads(),
+            *place(y),
         )
     return y, y_mean, product
 
@@ -61,8 +60,7 @@ def backward(
     extension.linear_gelu_backward(
         *map(pointer, (*given, product, mean_weights, grad_product, grad_bias)),
         *_sizes(product),
-        DTYPE_CODES[product.dtype],
-        torch.get_num_threads(),
+        *place(product),
     )
     rows = grad_product.reshape(-1, weight.shape[0])
     grad_x = (rows @ weight).reshape(x.shape) if needs[0] else x.new_empty(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, unsupported
 from mra_kernels.native._product import linear, linear_add
 
 
@@ -30,9 +30,7 @@ def forward(
     product = linear(x, weight, bias)
     residual, scale = residual.contiguous(), scale.contiguous()
     y = torch.empty_like(product) if keep else product
-    extension.linear_scale_residual_forward(
-        *map(pointer, (product, scale, residual, y)), *_sizes(y), DTYPE_CODES[y.dtype], torch.get_num_threads()
-    )
+    extension.linear_scale_residual_forward(*map(pointer, (product, scale, residual, y)), *_sizes(y), *place(y))
     return y, product if keep else x.new_empty(0)
 
 
@@ -60,8 +58,7 @@ def backward(
         extension.linear_scale_residual_backward(
             *map(pointer, (grad_y, scale, product if needs[3] else None, scaled, grad_bias, grad_scale)),
             *_sizes(grad_y),
-            DTYPE_CODES[grad_y.dtype],
-            torch.get_num_threads(),
+            *place(grad_y),
         )
     rows = scaled.reshape(-1, weight.shape[0])
     grad_x = (rows @ weight).reshape(x.shape) if needs[0] else empty

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, unsupported
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -25,8 +25,7 @@ def forward(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> tu
         *map(pointer, (x, norm_weight, norm_bias, y, mean, rstd)),
         *x.shape,
         eps,
-        DTYPE_CODES[x.dtype],
-        torch.get_num_threads(),
+        *place(x),
     )
     return y, mean, rstd
 
@@ -48,8 +47,7 @@ def backward(
     extension.norm_patchify_backward(
         *map(pointer, (grad_y, x, norm_weight, mean, rstd, *grads)),
         *x.shape,
-        DTYPE_CODES[x.dtype],
-        torch.get_num_threads(),
+        *place(x),
     )
     return grads
 

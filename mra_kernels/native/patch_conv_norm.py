@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
-from mra_kernels.native._extension import DTYPE_CODES, extension, pointer, unsupported
+from mra_kernels.native._extension import extension, place, pointer, unsupported
 from mra_kernels.native._product import linear
 
 
@@ -29,8 +29,7 @@ def forward(
         *map(pointer, (*inputs, y, mean, rstd)),
         *(batch, planes, height, width, channels, patch),
         eps,
-        DTYPE_CODES[pixels.dtype],
-        torch.get_num_threads(),
+        *place(pixels),
     )
     return y, mean, rstd
 
@@ -63,8 +62,7 @@ def backward(
         *map(pointer, (grad_y, conv, norm_weight, grad_conv, *vectors)),
         *conv.shape,
         eps,
-        DTYPE_CODES[conv.dtype],
-        torch.get_num_threads(),
+        *place(conv),
     )
     grad_pixels = _pixels(grad_conv @ flat, pixels, patch) if needs[0] else pixels.new_empty(0)
     grad_weight = (grad_conv.mT @ rows).reshape(weight.shape) if needs[1] else pixels.new_empty(0)
