@@ -1,0 +1,78 @@
+"""Runs CUDA C++ kernels on a CPU, one fiber a thread, to find out whether they are right. See README.md."""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuda_simulator.build import BUILDS, BuildError, Program, build, run_python
+from cuda_simulator.translate import TranslationError, translate
+
+__all__ = [
+    "BUILDS",
+    "ORDERS",
+    "BuildError",
+    "Order",
+    "Program",
+    "Simulator",
+    "Statistics",
+    "TranslationError",
+    "build",
+    "run_python",
+    "translate",
+]
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order threads and blocks run, and when asynchronous copies land.
+
+    Args:
+        name: `forward` takes the lowest first, and copies land when they are waited for; `reverse` takes the highest
+            first, and copies land at once; `random` takes any.
+        seed: of `random`.
+    """
+
+    name: str = "forward"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.seed}" if self.name == "random" else self.name
+
+
+ORDERS = (Order("forward"), Order("reverse"), *(Order("random", seed) for seed in range(1, 7)))
+
+
+class Statistics(ctypes.Structure):
+    """What has run so far: launches, blocks, barriers of a block, operations of a warp, asynchronous copies, atomics."""
+
+    _fields_: Sequence = [
+        (name, ctypes.c_uint64) for name in ("launches", "blocks", "barriers", "collectives", "copies", "atomics")
+    ]
+
+
+class Simulator:
+    """Controls the engine in a library made by `build`."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.cuda_simulator_configure.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_uint64]
+
+    @contextmanager
+    def order(self, order: Order = ORDERS[0], blocks: range | None = None) -> Iterator[None]:
+        """Launches inside the block run in this order; with `blocks`, only these, counted with x innermost."""
+        first, end = (blocks.start, blocks.stop) if blocks is not None else (0, 2**64 - 1)
+        self.library.cuda_simulator_configure(
+            ("forward", "reverse", "random").index(order.name), order.seed, first, end
+        )
+        try:
+            yield
+        finally:
+            self.library.cuda_simulator_configure(0, 0, 0, 2**64 - 1)
+
+    def statistics(self) -> Statistics:
+        """The counts since the library was loaded."""
+        statistics = Statistics()
+        self.library.cuda_simulator_statistics(ctypes.byref(statistics))
+        return statistics
