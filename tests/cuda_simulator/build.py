@@ -50,7 +50,10 @@ class Program:
         kernels: files below `root` with device code and its launchers, `.cu`.
         host: ordinary C++ sources, which no sanitizer watches.
         host_flags: further flags for those.
+        include: folders that are searched before `root`: a header there stands in for the one of the same name, as
+            for one whose inline PTX nothing but nvcc understands.
         defines: macros for all sources, as in `NAME=value`.
+        edits: by file below `root`, replacements of text that occurs there exactly once.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Program:
     kernels: Sequence[str]
     host: Sequence[Path] = ()
     host_flags: Sequence[str] = ()
+    include: Sequence[Path] = ()
     defines: Sequence[str] = ()
     edits: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
 
@@ -66,7 +70,7 @@ def build(program: Program, kind: str = "plain", folder: Path = Path("build/cuda
     """The path of the library.
 
     Args:
-        program: what to build. `edits` of a file are replacements of text that occurs there exactly once.
+        program: what to build.
         kind: a key of `BUILDS`.
         folder: keeps objects and libraries under names made from the contents of all that went into them.
 
@@ -76,13 +80,15 @@ def build(program: Program, kind: str = "plain", folder: Path = Path("build/cuda
     """
     folder = folder.resolve()
     tree = _translated(program, folder)
-    include = [f"-I{INCLUDE}", f"-I{tree}"]
+    include = [f"-I{INCLUDE}", *(f"-I{path}" for path in program.include), f"-I{tree}"]
     device = [*COMMON, *_machine_flags(), *BUILDS[kind], "-include", "cuda_runtime.h", *include]
     engine = [*COMMON, *ENGINE_BUILDS[kind], f"-I{INCLUDE}"]
     host = [*COMMON, "-O1", f"-I{program.root}", *program.host_flags]
     defines = [f"-D{define}" for define in program.defines]
     headers = [p for p in sorted(INCLUDE.rglob("*")) + sorted((HERE / "engine").glob("*.h")) if p.is_file()]
-    jobs = [(tree / name, [*device, *defines], [*headers, *_files(tree, {".h", ".cuh"})]) for name in program.kernels]
+    twins = [p for path in program.include for p in _files(path, {".h", ".cuh"})]
+    sources = [*headers, *twins, *_files(tree, {".h", ".cuh"})]
+    jobs = [(tree / name, [*device, *defines], sources) for name in program.kernels]
     jobs += [(source, engine, headers) for source in ENGINE]
     jobs += [(source, [*host, *defines], _files(program.root, {".h"})) for source in program.host]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
