@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_simulator import ORDERS
-from op_calls import DTYPES, Route, check, lay_out, make_grad_outputs, threads
+from op_calls import DTYPES, Route, check, make_grad_outputs, threads
 from simulated_ops import extension, served_ops, simulated
 
 from mra_kernels.testing import make_inputs

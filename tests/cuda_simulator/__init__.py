@@ -15,6 +15,7 @@ __all__ = [
     "BuildError",
     "Order",
     "Program",
+    "SimulationError",
     "Simulator",
     "Statistics",
     "TranslationError",
@@ -45,11 +46,15 @@ ORDERS = (Order("forward"), Order("reverse"), *(Order("random", seed) for seed i
 
 
 class Statistics(ctypes.Structure):
-    """What has run so far: launches, blocks, barriers of a block, operations of a warp, asynchronous copies, atomics."""
+    """How many of each have run: barriers are of a block, collectives of a warp, copies asynchronous."""
 
     _fields_: Sequence = [
         (name, ctypes.c_uint64) for name in ("launches", "blocks", "barriers", "collectives", "copies", "atomics")
     ]
+
+
+class SimulationError(RuntimeError):
+    """A kernel broke a rule of the programming model; the message says which, and where."""
 
 
 class Simulator:
@@ -58,10 +63,15 @@ class Simulator:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.cuda_simulator_configure.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_uint64]
+        self.library.cuda_simulator_failure.restype = ctypes.c_char_p
 
     @contextmanager
     def order(self, order: Order = ORDERS[0], blocks: range | None = None) -> Iterator[None]:
-        """Launches inside the block run in this order; with `blocks`, only these, counted with x innermost."""
+        """Launches inside the block run in this order; with `blocks`, only these, counted with x innermost.
+
+        Raises:
+            SimulationError: at the block's end, a launch that failed, if no other exception told of it.
+        """
         first, end = (blocks.start, blocks.stop) if blocks is not None else (0, 2**64 - 1)
         self.library.cuda_simulator_configure(
             ("forward", "reverse", "random").index(order.name), order.seed, first, end
@@ -70,6 +80,9 @@ class Simulator:
             yield
         finally:
             self.library.cuda_simulator_configure(0, 0, 0, 2**64 - 1)
+            failure = self.library.cuda_simulator_failure().decode()
+        if failure:
+            raise SimulationError(failure)
 
     def statistics(self) -> Statistics:
         """The counts since the library was loaded."""

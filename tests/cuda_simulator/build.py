@@ -120,13 +120,24 @@ def sanitizer_environment(kind: str) -> dict[str, str]:
     return environment
 
 
-def run_python(kind: str, arguments: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs Python in a child process that can load a library of this build."""
+def run_python(
+    kind: str, arguments: Sequence[str], path: Sequence[Path] = (), timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a child process that can load a library of this build; a report ends it with an error.
+
+    Args:
+        kind: a key of `BUILDS`.
+        arguments: of Python.
+        path: folders that the child imports from.
+        timeout: in seconds.
+    """
     command = [sys.executable, *arguments]
     # ThreadSanitizer needs memory where it expects it.
     if kind == "thread" and (setarch := shutil.which("setarch")):
         command = [setarch, "-R", *command]
-    return subprocess.run(command, env=sanitizer_environment(kind), capture_output=True, text=True, **options)
+    environment = sanitizer_environment(kind)
+    environment["PYTHONPATH"] = os.pathsep.join([*map(str, path), environment.get("PYTHONPATH", "")])
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def _translated(program: Program, folder: Path) -> Path:

@@ -33,7 +33,7 @@ void run(Fiber& fiber) {
   Context::swap(engine.host_context, fiber.context);
   after_switch(engine.host, nullptr);
   engine.running = nullptr;
-  if (!engine.failure.empty()) throw Error(engine.failure);
+  if (!engine.broken.empty()) throw Error(engine.broken);
 }
 
 // Where every fiber begins. It never returns: there is nothing below it on its stack.
@@ -175,11 +175,11 @@ void end_block() {
 }
 
 void fail(const std::string& what) {
-  std::string message = "CUDA simulator: " + what + "; kernel " + engine.kernel + ", block " + text(blockIdx);
+  std::string message = what + "; kernel " + engine.kernel + ", block " + text(blockIdx);
   if (engine.running == nullptr) throw Error(message);
   // From a fiber there is no way down the stack: the host throws, and the fiber is left where it stands.
   Fiber& self = *engine.running;
-  engine.failure = message + ", thread " + text(self.thread);
+  engine.broken = message + ", thread " + text(self.thread);
   self.state = State::kReturned;
   stop(self);
   __builtin_unreachable();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,11 @@ struct Settings {
 
 struct Statistics {
   uint64_t launches, blocks, barriers, collectives, copies, atomics;
+};
+
+// A launch that cannot go on. Thrown on the host's context, and caught in `launch`.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 enum class State { kReady, kAtBarrier, kInWarp, kReturned };
@@ -78,6 +84,7 @@ struct Engine {
   Settings settings;
   Statistics statistics{};
   int launch_error = 0;
+  std::string failure;  // of the last launch that failed
 
   // The launch.
   std::string kernel;
@@ -100,7 +107,7 @@ struct Engine {
   Context host_context;
   SanitizedFiber host;
   Fiber* running = nullptr;
-  std::string failure;
+  std::string broken;  // why `running` stopped for good
   char end_of_thread;  // what the launch waits for
 };
 

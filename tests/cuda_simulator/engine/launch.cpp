@@ -13,8 +13,8 @@ namespace cuda_simulator {
 
 namespace {
 
-// The numbers of cudaErrorInvalidValue and cudaErrorInvalidConfiguration.
-constexpr int kInvalidValue = 1, kInvalidConfiguration = 9;
+// The numbers of cudaErrorInvalidValue, cudaErrorInvalidConfiguration and cudaErrorLaunchFailure.
+constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;
 
 std::mutex one_launch_at_a_time;
 
@@ -72,9 +72,10 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   engine.launch_error = check(kernel, grid, block, shared_bytes);
   if (engine.launch_error != 0) return;
   engine.kernel = name;
+  while (engine.kernel.front() == '(') engine.kernel = engine.kernel.substr(1, engine.kernel.size() - 2);
   engine.body = &thread;
   engine.dynamic_bytes = shared_bytes;
-  engine.failure.clear();
+  engine.broken.clear();
   engine.random.seed(engine.settings.seed);
 #if defined(CUDA_SIMULATOR_TSAN)
   engine.host.tsan = __tsan_get_current_fiber();
@@ -84,10 +85,17 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   blockDim = block;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   const uint64_t first = std::min(engine.settings.first_block, blocks);
-  run_blocks(first, std::min(engine.settings.end_block, blocks) - first);
+  try {
+    run_blocks(first, std::min(engine.settings.end_block, blocks) - first);
+  } catch (const Error& error) {
+    engine.failure = error.what();
+    engine.launch_error = kLaunchFailure;
+  }
   acquire(&engine.end_of_thread);
   ++engine.statistics.launches;
 }
+
+const char* failure() { return engine.failure.c_str(); }
 
 int launch_error(bool clear) {
   const int error = engine.launch_error;
@@ -110,4 +118,12 @@ CUDA_SIMULATOR_EXPORT void cuda_simulator_configure(int order, unsigned seed, ui
 
 CUDA_SIMULATOR_EXPORT void cuda_simulator_statistics(cuda_simulator::Statistics* out) {
   *out = cuda_simulator::engine.statistics;
+}
+
+// What went wrong since it was last asked, empty for nothing.
+CUDA_SIMULATOR_EXPORT const char* cuda_simulator_failure() {
+  static std::string failure;
+  failure.swap(cuda_simulator::engine.failure);
+  cuda_simulator::engine.failure.clear();
+  return failure.c_str();
 }

@@ -4,19 +4,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <stdexcept>
 #include <string>
 
 #include "cuda_simulator/vector_types.h"
 
 namespace cuda_simulator {
 
-// A rule of the programming model that a kernel broke: the message says which, and where.
-struct Error : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// Ends the launch with an Error that names the kernel, the block and the calling thread.
+// Ends the launch, with an error that says which rule of the programming model was broken, and by which thread.
 [[noreturn]] void fail(const std::string& what);
 
 // An operation that several threads meet in, and the line of the source where one thread does.
@@ -56,12 +50,14 @@ constexpr size_t kStaticSharedBytes = 48 << 10;
 constexpr size_t kMaxSharedBytes = 227 << 10;
 void allow_dynamic_shared_memory(const void* kernel, size_t bytes);
 
-// Runs `thread` once for every thread of every block, or leaves an error for `take_launch_error`.
+// Runs `thread` once for every thread of every block, or leaves an error.
 void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
             const std::function<void()>& thread);
 
-// The number of CUDA's error that the last launch left, 0 for none; `clear` forgets it.
+// CUDA's number of the error that a launch left, 0 for none; `clear` forgets it.
 int launch_error(bool clear);
+// What the last launch that failed did wrong.
+const char* failure();
 
 // A kernel with its launch configuration; the call with its arguments launches it.
 template <class... Parameters>
