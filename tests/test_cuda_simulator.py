@@ -142,7 +142,9 @@ REPORTED: dict[str, tuple[str, str, Edit, str]] = {
     "write past the end": (
         "address", "increment", (INCREMENT, "  y[i + (i == n - 1)] = x[i] + 1;"), "heap-buffer-overflow"
     ),
-    "read past static shared memory": ("address", "row_sums", ("+ warps[1]", "+ warps[threadIdx.x + 2]"), "index 2 out of bounds"),
+    "read past static shared memory": (
+        "address", "row_sums", ("+ warps[1]", "+ warps[threadIdx.x + 2]"), "index 2 out of bounds"
+    ),
     "write past static shared memory, through a pointer": (
         "address", "row_sums", (STORE, STORE.replace("warps[", "(&warps[0])[2 + ")), "heap-buffer-overflow"
     ),

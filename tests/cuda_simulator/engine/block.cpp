@@ -119,6 +119,10 @@ void finish_collective(Warp& warp, const Fiber& caller) {
     if (caller.kind == Collective::kShuffle) {
       lanes[i].result = caller.mask >> lanes[i].source & 1 ? lanes[lanes[i].source].value : ~uint64_t{0};
     }
+    if (caller.kind == Collective::kGather) {
+      const uint64_t count = caller.value;
+      for (uint64_t j = 0; j < kWarpSize * count; ++j) lanes[i].gathered[j] = lanes[j / count].words[j % count];
+    }
   }
   warp.arrived &= ~caller.mask;
   warp.moment ^= 1;
@@ -220,6 +224,12 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int sou
   stop(self);
   if (kind == Collective::kSync) acquire(moment);
   return self.result;
+}
+
+void warp_gather(const uint64_t* words, int count, uint64_t* gathered, Place place) {
+  engine.running->words = words;
+  engine.running->gathered = gathered;
+  warp_collective(Collective::kGather, ~0u, static_cast<uint64_t>(count), 0, place);
 }
 
 int lane() { return engine.running->lane; }

@@ -61,6 +61,8 @@ struct Fiber {
   unsigned mask;
   uint64_t value, result;
   int source;
+  const uint64_t* words;  // in a gather
+  uint64_t* gathered;
   // Groups of asynchronous copies that have not landed; the last one is not committed yet.
   std::vector<std::vector<Copy>> copies;
 };

@@ -8,10 +8,9 @@ namespace cuda_simulator {
 
 namespace {
 
-// NaN in float, bfloat16 and half: a value that nobody wrote shows in the result. By hand, because a library call
-// would count as the calling thread's access.
+// NaN in float, bfloat16 and half: a value that nobody wrote shows in the result.
 void fill_with_nan(char* p, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) static_cast<volatile char*>(p)[i] = '\xff';
+  for (size_t i = 0; i < bytes; ++i) p[i] = '\xff';
 }
 
 // Memory that ends where its allocation does, and is aligned as asked but no better: an access that needs more shows.

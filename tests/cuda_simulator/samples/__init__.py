@@ -27,12 +27,13 @@ SAMPLES = {
     "increment": Sample(3, 70, (3, 70), lambda x: x + 1),
     "atomic_sum": Sample(4, 32, (1,), lambda x: x.sum().reshape(1)),
     "prefix_sums": Sample(1, 64, (64,), lambda x: x.reshape(2, 32).cumsum(1).reshape(64)),
+    "gram": Sample(16, 16, (16, 8), lambda x: x @ x[:8].T),
 }
 
 
 def program(*edits: tuple[str, str]) -> Program:
     """The samples' library, with these replacements in its source."""
-    return Program("samples", Path(__file__).parent, ["samples.cu"], edits={"samples.cu": edits})
+    return Program("samples", Path(__file__).parent, ["samples.cu", "float16.cu"], edits={"samples.cu": edits})
 
 
 def run(library: Path, kernel: str, order: Order = ORDERS[0]) -> tuple[np.ndarray, np.ndarray]:

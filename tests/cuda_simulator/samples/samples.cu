@@ -1,8 +1,11 @@
 // Small right kernels, one for each thing that the simulator models. The tests break them one place at a time.
+#include <cuda_bf16.h>
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "cuda_simulator/mma.h"
 
 constexpr int kThreads = 64;
 constexpr unsigned kAll = 0xffffffffu;
@@ -73,6 +76,20 @@ __global__ void prefix_sums(const float* __restrict__ x, float* __restrict__ y) 
   y[threadIdx.x] = total;
 }
 
+// y = x x[:8]^T for x: [16, 16] on a tensor core, y: [16, 8].
+__global__ void gram(const float* __restrict__ x, float* __restrict__ y) {
+  const int group = threadIdx.x / 4, k = threadIdx.x % 4 * 2;
+  const auto pair = [&](int row, int column) {
+    const unsigned low = __bfloat16_as_ushort(__float2bfloat16(x[row * 16 + column]));
+    return low | static_cast<unsigned>(__bfloat16_as_ushort(__float2bfloat16(x[row * 16 + column + 1]))) << 16;
+  };
+  const uint32_t a[4] = {pair(group, k), pair(group + 8, k), pair(group, k + 8), pair(group + 8, k + 8)};
+  const uint32_t b[2] = {pair(group, k), pair(group, k + 8)};
+  float d[4] = {};
+  cuda_simulator::mma_m16n8k16<__nv_bfloat16>(d, a, b);
+  for (int i = 0; i < 4; ++i) y[(group + i / 2 * 8) * 8 + k + i % 2] = d[i];
+}
+
 extern "C" {
 
 int run_row_sums(const float* x, float* y, int rows, int columns) {
@@ -105,6 +122,11 @@ int run_atomic_sum(const float* x, float* y, int rows, int columns) {
 
 int run_prefix_sums(const float* x, float* y, int /*rows*/, int columns) {
   prefix_sums<<<1, columns>>>(x, y);
+  return cudaGetLastError();
+}
+
+int run_gram(const float* x, float* y, int /*rows*/, int /*columns*/) {
+  gram<<<1, 32>>>(x, y);
   return cudaGetLastError();
 }
 
