@@ -1,41 +1,23 @@
-"""CUDA C++ kernels on the CPU simulator, against float64 by the rule of `mra_kernels.testing`.
+"""The CUDA C++ kernels of every op that has them, on the CPU simulator: no GPU, no toolkit.
 
-An op joins with a line in `SHAPES`: the sizes that `make_inputs` takes.
+Values and gradients against float64 by the rule of `mra_kernels.testing`, the same bits in every order of threads and
+blocks, no atomics, silence of the sanitizers, and more elements than 32 bits count.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from op_calls import DTYPES, Route, check, make_grad_outputs, threads
-from simulated_ops import extension, served_ops, simulated
+from cuda_simulator import ORDERS, build, run_python
+from op_calls import DTYPES, Route, check, threads
+from simulated_cases import LAYOUTS, SHAPES, operands, run
+from simulated_ops import FOLDER, extension, program, served_ops, simulated
 
-from mra_kernels.testing import make_inputs
-
-# By op: odd sizes, sizes of one, widths with and without 16-byte accesses, real channel counts on small maps.
-SHAPES: dict[str, list[tuple]] = {
-    "gated_resample_add": [
-        # batch, height, width, height and width of the high-resolution map, channels
-        (2, 9, 8, 5, 3, 16),
-        (2, 5, 4, 5, 4, 16),
-        (2, 3, 4, 6, 12, 16),
-        (0, 4, 5, 2, 3, 8),
-        (1, 1, 1, 1, 1, 1),
-        (1, 1, 1, 5, 7, 3),
-        (2, 7, 7, 1, 1, 3),
-        (2, 1, 9, 1, 4, 17),
-        (1, 4, 6, 4, 3, 40),
-        (3, 2, 1, 4, 1, 1),
-        (1, 24, 24, 12, 12, 24),
-        (1, 24, 24, 24, 24, 1024),
-        (1, 8, 8, 16, 16, 1024),
-        (1, 32, 32, 16, 16, 1024),
-    ],
-}
-
-
-def cases() -> list[tuple]:
-    return [(op, dims) for op in served_ops() for dims in SHAPES.get(op, ())]
+TESTS = Path(__file__).parent
+OPS = served_ops()
+CASES = [(op, dims) for op in OPS for dims in SHAPES[op]]
+SMALL = [(op, dims) for op in OPS for dims in SHAPES[op][:2]]
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +27,42 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("op", "dims"), cases(), ids=str)
+@pytest.mark.parametrize(("op", "dims"), CASES, ids=str)
 def test_values_and_gradients(op: str, dims: tuple, dtype: torch.dtype) -> None:
-    inputs = make_inputs(op, *dims, dtype=dtype)
-    grad_outputs = make_grad_outputs(op, inputs)
-    atomics = extension().simulator.statistics().atomics
+    inputs, grad_outputs = operands(op, dims, dtype)
+    before = extension().simulator.statistics()
     with simulated():
         check(op, Route("cpu", "native", dtype), inputs, grad_outputs)
-    assert extension().simulator.statistics().atomics == atomics
+    after = extension().simulator.statistics()
+    assert after.atomics == before.atomics
+    assert after.launches > before.launches or 0 in dims or (0, 4) in dims
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "dims"), SMALL, ids=str)
+def test_layout(op: str, dims: tuple, dtype: torch.dtype, layout: str) -> None:
+    with simulated():
+        check(op, Route("cpu", "native", dtype), *operands(op, dims, dtype, layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "dims"), SMALL, ids=str)
+def test_every_order_gives_the_same_bits(op: str, dims: tuple, dtype: torch.dtype) -> None:
+    inputs, grad_outputs = operands(op, dims, dtype)
+    runs = [run(op, inputs, grad_outputs, order=order) for order in ORDERS]
+    for solution in runs[1:]:
+        for actual, first in zip(solution.outputs, runs[0].outputs, strict=True):
+            assert torch.equal(actual, first)
+        for name, grad in solution.grads.items():
+            assert torch.equal(grad, runs[0].grads[name]), name
+
+
+# How many orders and sizes: two orders, because copies land late in one and at once in the other.
+@pytest.mark.parametrize(("kind", "orders", "count"), [("address", 1, 99), ("thread", 2, 1)])
+@pytest.mark.parametrize("op", OPS)
+def test_sanitizers_have_nothing_to_report(op: str, kind: str, orders: int, count: int) -> None:
+    library = build(program(), kind, FOLDER)
+    arguments = [str(TESTS / "simulated_cases.py"), str(library), str(orders), str(count), op]
+    result = run_python(kind, arguments, [TESTS, TESTS.parent])
+    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-5000:]

@@ -10,6 +10,7 @@ from cuda_simulator.build import BUILDS, BuildError, Program, build, run_python
 from cuda_simulator.translate import TranslationError, translate
 
 __all__ = [
+    "ALL_BLOCKS",
     "BUILDS",
     "ORDERS",
     "BuildError",
@@ -43,6 +44,7 @@ class Order:
 
 
 ORDERS = (Order("forward"), Order("reverse"), *(Order("random", seed) for seed in range(1, 7)))
+ALL_BLOCKS = 2**64 - 1
 
 
 class Statistics(ctypes.Structure):
@@ -62,24 +64,22 @@ class Simulator:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.library.cuda_simulator_configure.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_uint64]
+        self.library.cuda_simulator_configure.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint64]
         self.library.cuda_simulator_failure.restype = ctypes.c_char_p
 
     @contextmanager
-    def order(self, order: Order = ORDERS[0], blocks: range | None = None) -> Iterator[None]:
-        """Launches inside the block run in this order; with `blocks`, only these, counted with x innermost.
+    def order(self, order: Order = ORDERS[0], last_blocks: int = ALL_BLOCKS) -> Iterator[None]:
+        """Launches inside the block run in this order; of each grid the last blocks alone, counted with x innermost.
 
         Raises:
             SimulationError: at the block's end, a launch that failed, if no other exception told of it.
         """
-        first, end = (blocks.start, blocks.stop) if blocks is not None else (0, 2**64 - 1)
-        self.library.cuda_simulator_configure(
-            ("forward", "reverse", "random").index(order.name), order.seed, first, end
-        )
+        names = ("forward", "reverse", "random")
+        self.library.cuda_simulator_configure(names.index(order.name), order.seed, last_blocks)
         try:
             yield
         finally:
-            self.library.cuda_simulator_configure(0, 0, 0, 2**64 - 1)
+            self.library.cuda_simulator_configure(0, 0, ALL_BLOCKS)
             failure = self.library.cuda_simulator_failure().decode()
         if failure:
             raise SimulationError(failure)

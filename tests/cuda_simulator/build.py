@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -87,12 +88,9 @@ def build(program: Program, kind: str = "plain", folder: Path = Path("build/cuda
     engine = [*COMMON, LOOPS, *ENGINE_BUILDS[kind], f"-I{INCLUDE}"]
     host = [*COMMON, "-O1", f"-I{program.root}", *program.host_flags]
     defines = [f"-D{define}" for define in program.defines]
-    headers = [p for p in sorted(INCLUDE.rglob("*")) + sorted((HERE / "engine").glob("*.h")) if p.is_file()]
-    twins = [p for path in program.include for p in _files(path, {".h", ".cuh"})]
-    sources = [*headers, *twins, *_files(tree, {".h", ".cuh"})]
-    jobs = [(tree / name, [*device, *defines], sources) for name in program.kernels]
-    jobs += [(source, engine, headers) for source in ENGINE]
-    jobs += [(source, [*host, *defines], _files(program.root, {".h"})) for source in program.host]
+    jobs = [(tree / name, [*device, *defines]) for name in program.kernels]
+    jobs += [(source, engine) for source in ENGINE]
+    jobs += [(source, [*host, *defines]) for source in program.host]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: _compile(*job, folder), jobs))
     library = folder / f"{program.name}-{kind}-{_digest(*(o.name for o in objects))}.so"
@@ -171,8 +169,9 @@ def _translated(program: Program, folder: Path) -> Path:
     return tree
 
 
-def _compile(source: Path, flags: list[str], dependencies: Iterable[Path], folder: Path) -> Path:
-    contents = [p.read_text() for p in (source, *dependencies)]
+def _compile(source: Path, flags: list[str], folder: Path) -> Path:
+    include = [Path(flag.removeprefix("-I")) for flag in flags if flag.startswith("-I")]
+    contents = _with_headers(source, include).values()
     # The folder of a translated tree is named after its contents, which are what counts.
     key = _digest(_output("g++", "--version"), *(f for f in flags if str(folder) not in f), *contents)
     target = folder / f"{source.stem}-{key}.o"
@@ -189,6 +188,22 @@ def _run(command: list[str], target: Path) -> None:
         if result.returncode != 0:
             raise BuildError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
         output.replace(target)
+
+
+def _with_headers(source: Path, include: Sequence[Path]) -> dict[Path, str]:
+    """The text of a source and of every header of ours that it includes; the system's are the compiler's matter."""
+    texts: dict[Path, str] = {}
+    waiting = [source, INCLUDE / "cuda_runtime.h"]
+    while waiting:
+        path = waiting.pop()
+        if path in texts:
+            continue
+        texts[path] = path.read_text()
+        for name in re.findall(r'^\s*#\s*include\s*[<"]([^">]+)[">]', texts[path], re.MULTILINE):
+            found = next((p for f in (path.parent, *include) if (p := f / name).is_file()), None)
+            if found is not None:
+                waiting.append(found)
+    return texts
 
 
 def _files(root: Path, suffixes: set[str]) -> list[Path]:

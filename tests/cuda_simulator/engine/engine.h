@@ -26,8 +26,7 @@ enum class Order : int {
 struct Settings {
   Order order = Order::kForward;
   unsigned seed = 0;
-  // Only these blocks of a grid run, counted with x innermost.
-  uint64_t first_block = 0, end_block = UINT64_MAX;
+  uint64_t last_blocks = UINT64_MAX;  // how many blocks of a grid run: the last ones, counted with x innermost
 };
 
 struct Statistics {

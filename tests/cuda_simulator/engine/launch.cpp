@@ -84,9 +84,9 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   gridDim = grid;
   blockDim = block;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  const uint64_t first = std::min(engine.settings.first_block, blocks);
+  const uint64_t count = std::min(engine.settings.last_blocks, blocks);
   try {
-    run_blocks(first, std::min(engine.settings.end_block, blocks) - first);
+    run_blocks(blocks - count, count);
   } catch (const Error& error) {
     engine.failure = error.what();
     engine.launch_error = kLaunchFailure;
@@ -111,9 +111,8 @@ void allow_dynamic_shared_memory(const void* kernel, size_t bytes) {
 
 #define CUDA_SIMULATOR_EXPORT extern "C" __attribute__((visibility("default")))
 
-CUDA_SIMULATOR_EXPORT void cuda_simulator_configure(int order, unsigned seed, uint64_t first_block,
-                                                    uint64_t end_block) {
-  cuda_simulator::engine.settings = {static_cast<cuda_simulator::Order>(order), seed, first_block, end_block};
+CUDA_SIMULATOR_EXPORT void cuda_simulator_configure(int order, unsigned seed, uint64_t last_blocks) {
+  cuda_simulator::engine.settings = {static_cast<cuda_simulator::Order>(order), seed, last_blocks};
 }
 
 CUDA_SIMULATOR_EXPORT void cuda_simulator_statistics(cuda_simulator::Statistics* out) {
