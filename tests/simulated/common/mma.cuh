@@ -1,0 +1,14 @@
+// In place of csrc/common/mma.cuh, whose PTX is for nvcc alone.
+#pragma once
+
+#include "cuda_simulator/mma.h"
+
+namespace mra::cuda {
+
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint2 b) {
+  const uint32_t pair[2] = {b.x, b.y};
+  cuda_simulator::mma_m16n8k16<T>(d, a, pair);
+}
+
+}  // namespace mra::cuda

@@ -1,0 +1,68 @@
+"""The CUDA C++ kernels of every op that has them, on the CPU simulator: no GPU, no toolkit.
+
+Values and gradients against float64 by the rule of `mra_kernels.testing`, the same bits in every order of threads and
+blocks, no atomics, silence of the sanitizers, and more elements than 32 bits count.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_simulator import ORDERS, build, run_python
+from op_calls import DTYPES, Route, check, threads
+from simulated_cases import LAYOUTS, SHAPES, operands, run
+from simulated_ops import FOLDER, extension, program, served_ops, simulated
+
+TESTS = Path(__file__).parent
+OPS = served_ops()
+CASES = [(op, dims) for op in OPS for dims in SHAPES[op]]
+SMALL = [(op, dims) for op in OPS for dims in SHAPES[op][:2]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "dims"), CASES, ids=str)
+def test_values_and_gradients(op: str, dims: tuple, dtype: torch.dtype) -> None:
+    inputs, grad_outputs = operands(op, dims, dtype)
+    before = extension().simulator.statistics()
+    with simulated():
+        check(op, Route("cpu", "native", dtype), inputs, grad_outputs)
+    after = extension().simulator.statistics()
+    assert after.atomics == before.atomics
+    assert after.launches > before.launches or 0 in dims or (0, 4) in dims
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "dims"), SMALL, ids=str)
+def test_layout(op: str, dims: tuple, dtype: torch.dtype, layout: str) -> None:
+    with simulated():
+        check(op, Route("cpu", "native", dtype), *operands(op, dims, dtype, layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "dims"), SMALL, ids=str)
+def test_every_order_gives_the_same_bits(op: str, dims: tuple, dtype: torch.dtype) -> None:
+    inputs, grad_outputs = operands(op, dims, dtype)
+    runs = [run(op, inputs, grad_outputs, order=order) for order in ORDERS]
+    for solution in runs[1:]:
+        for actual, first in zip(solution.outputs, runs[0].outputs, strict=True):
+            assert torch.equal(actual, first)
+        for name, grad in solution.grads.items():
+            assert torch.equal(grad, runs[0].grads[name]), name
+
+
+# How many orders and sizes: two orders, because copies land late in one and at once in the other.
+@pytest.mark.parametrize(("kind", "orders", "count"), [("address", 1, 99), ("thread", 2, 1)])
+@pytest.mark.parametrize("op", OPS)
+def test_sanitizers_have_nothing_to_report(op: str, kind: str, orders: int, count: int) -> None:
+    library = build(program(), kind, FOLDER)
+    arguments = [str(TESTS / "simulated_cases.py"), str(library), str(orders), str(count), op]
+    result = run_python(kind, arguments, [TESTS, TESTS.parent])
+    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-5000:]
