@@ -106,7 +106,7 @@ def test_command_prints_a_table_and_writes_everything(model_dir: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("no_peaks")
-@pytest.mark.parametrize("op", ["depthwise_conv_norm", "linear_gelu", "gated_resample_add", "gated_projection_add"])
+@pytest.mark.parametrize("op", ["depthwise_conv_norm", "linear_gelu", "linear_scale_residual", "gated_projection_add"])
 def test_a_wrong_fused_kernel_fails(monkeypatch: pytest.MonkeyPatch, model_dir: Path, tmp_path: Path, op: str) -> None:
     plant(monkeypatch, op, 1.05)
     file = tmp_path / "result.json"
