@@ -40,6 +40,7 @@ void run(Fiber& fiber) {
 void first_frame() {
   Fiber& self = *engine.running;
   after_switch(self.sanitized, &engine.host);
+  acquire(&engine.launched);
   (*engine.body)();
   self.state = State::kReturned;
   release(&engine.end_of_thread);
@@ -131,6 +132,7 @@ void finish_collective(Warp& warp, const Fiber& caller) {
 }
 
 void begin_block() {
+  engine.fibers = engine.fiber_sets[engine.statistics.blocks % kFiberSets].data();
   engine.threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
   engine.live = engine.threads;
   engine.at_barrier = 0;
@@ -171,11 +173,6 @@ void run_block(uint3 index) {
     if (engine.live > 0 && engine.at_barrier == engine.live) pass_barrier();
   }
   ++engine.statistics.blocks;
-}
-
-void end_block() {
-  for (int i = 0; i < engine.threads; ++i) engine.fibers[i].sanitized.end();
-  engine.threads = 0;
 }
 
 void fail(const std::string& what) {

@@ -95,7 +95,8 @@ struct Engine {
   std::vector<std::pair<const void*, size_t>> allowed_dynamic_bytes;
 
   // The block.
-  std::vector<Fiber> fibers;
+  std::vector<Fiber> fiber_sets[kFiberSets];  // blocks take turns with them
+  Fiber* fibers = nullptr;
   std::vector<Warp> warps;
   std::vector<int> ready;  // the next to run is the last, or in random order any
   int threads = 0, live = 0, at_barrier = 0, barrier_predicates = 0;
@@ -109,14 +110,13 @@ struct Engine {
   SanitizedFiber host;
   Fiber* running = nullptr;
   std::string broken;  // why `running` stopped for good
+  char launched;       // what every thread waits for
   char end_of_thread;  // what the launch waits for
 };
 
 extern Engine engine;
 
 void run_block(uint3 index);
-// Whether it ran to its end or not.
-void end_block();
 void free_shared_memory();
 
 }  // namespace cuda_simulator

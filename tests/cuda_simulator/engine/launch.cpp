@@ -33,22 +33,21 @@ int check(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
 // Stacks are reserved once, each above a page that may not be touched.
 void make_fibers(size_t count) {
   constexpr size_t kGuard = 4096;
-  while (engine.fibers.size() < count) {
-    void* memory = mmap(nullptr, kGuard + kStackBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, kGuard, PROT_NONE);
-    engine.fibers.emplace_back();
-    engine.fibers.back().stack = static_cast<char*>(memory) + kGuard;
+  for (std::vector<Fiber>& fibers : engine.fiber_sets) {
+    while (fibers.size() < count) {
+      void* memory = mmap(nullptr, kGuard + kStackBytes, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (memory == MAP_FAILED) throw std::bad_alloc();
+      mprotect(memory, kGuard, PROT_NONE);
+      fibers.emplace_back();
+      fibers.back().stack = static_cast<char*>(memory) + kGuard;
+    }
   }
 }
 
 // Leaves the engine ready for the next launch, also after an Error.
 struct EndOfBlock {
-  ~EndOfBlock() {
-    end_block();
-    free_shared_memory();
-  }
+  ~EndOfBlock() { free_shared_memory(); }
 };
 
 void run_blocks(uint64_t first, uint64_t count) {
@@ -81,6 +80,7 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   engine.host.tsan = __tsan_get_current_fiber();
 #endif
   make_fibers(size_t{block.x} * block.y * block.z);
+  release(&engine.launched);
   gridDim = grid;
   blockDim = block;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -90,6 +90,7 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   } catch (const Error& error) {
     engine.failure = error.what();
     engine.launch_error = kLaunchFailure;
+    for (int i = 0; i < engine.threads; ++i) engine.fibers[i].sanitized.forget();
   }
   acquire(&engine.end_of_thread);
   ++engine.statistics.launches;

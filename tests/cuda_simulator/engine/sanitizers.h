@@ -30,6 +30,14 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 
 namespace cuda_simulator {
 
+// A fiber is one thread to ThreadSanitizer, whatever block it runs: that two blocks in a row are unordered shows only
+// if they run on different ones.
+#if defined(CUDA_SIMULATOR_TSAN)
+constexpr int kFiberSets = 2;
+#else
+constexpr int kFiberSets = 1;
+#endif
+
 // One fiber as the sanitizers know it. The engine is compiled without ThreadSanitizer: its own accesses are no news.
 struct SanitizedFiber {
   const void* stack = nullptr;
@@ -37,22 +45,29 @@ struct SanitizedFiber {
   void* fake_stack = nullptr;
   void* tsan = nullptr;
 
-  // Fresh: what the last fiber on this stack left there, frames it never unwound among them, is forgotten.
+  // The last thread on this stack left only the frames of the engine that it stopped in.
   void begin([[maybe_unused]] char* memory, [[maybe_unused]] size_t size) {
     stack = memory;
     bytes = size;
     fake_stack = nullptr;
 #if defined(CUDA_SIMULATOR_ASAN)
-    __asan_unpoison_memory_region(memory, size);
+    constexpr size_t kEngineFrames = 4096;
+    __asan_unpoison_memory_region(memory + size - kEngineFrames, kEngineFrames);
 #endif
 #if defined(CUDA_SIMULATOR_TSAN)
-    mmap(memory, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-    tsan = __tsan_create_fiber(0);
+    if (tsan == nullptr) tsan = __tsan_create_fiber(0);
 #endif
   }
-  void end() {
+  // After a launch that could not go on: frames that were never unwound are forgotten.
+  void forget() {
+#if defined(CUDA_SIMULATOR_ASAN)
+    __asan_unpoison_memory_region(stack, bytes);
+#endif
 #if defined(CUDA_SIMULATOR_TSAN)
+    mmap(const_cast<void*>(stack), bytes, PROT_READ | PROT_WRITE,
+         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     __tsan_destroy_fiber(tsan);
+    tsan = nullptr;
 #endif
   }
 };
