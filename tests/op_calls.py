@@ -15,6 +15,7 @@ import mra_kernels
 from mra_kernels.dispatch import why_not
 from mra_kernels.ops import OPS
 from mra_kernels.testing import LAYOUTS, argument_names, assert_close
+from mra_kernels.triton._support import supports as triton_supports
 
 # Maps and their like; the other tensors are parameters, gates or weights of a mean.
 DATA = (
@@ -36,6 +37,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = ("native", "triton")
 REGISTERED = ("operator", *KERNELS)
 BACKENDS = ("reference", *REGISTERED)
+
+# What a whole module or model is run on.
+CHOICES = ("reference", "auto", "triton")
 
 Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
@@ -81,6 +85,12 @@ def routes(op: str, backends: Sequence[str] = BACKENDS, dtypes: Sequence[torch.d
                 skip = [] if reason is None else [pytest.mark.skip(reason=f"{op}, {backend}: {reason}")]
                 found.append(pytest.param(route, marks=[*marks, *skip]))
     return found
+
+
+def require(choice: str, device: str, dtype: torch.dtype) -> None:
+    """Skips a test where one of `CHOICES` cannot serve, with the reason."""
+    if choice == "triton" and (reason := triton_supports(torch.device(device), dtype)):
+        pytest.skip(f"triton: {reason}")
 
 
 # Returns that only backward reads, and the ops that return one of them only when asked.
@@ -135,6 +145,8 @@ def solve(function: Callable[[Inputs], Outputs], inputs: Inputs, grad_outputs: O
     for name in wanted:
         leaves[name].requires_grad_()
     outputs = function(leaves)
+    if not wanted:
+        return Solution(outputs, {})
     reached = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o.requires_grad]
     grads = torch.autograd.grad(
         [o for o, _ in reached], [leaves[n] for n in wanted], [g for _, g in reached], materialize_grads=True

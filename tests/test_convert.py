@@ -25,6 +25,7 @@ from checkpoints import (
     write_checkpoint,
 )
 from golden_model import IGNORED, PROMPT_LENGTH, Golden, golden_pixels
+from op_calls import CHOICES, require
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -98,11 +99,10 @@ class Run:
         return out.logits[..., :VOCABULARY]
 
 
-@pytest.fixture(
-    scope="module", params=[(name, backend) for name in GOLDEN for backend in ("reference", "auto")], ids="-".join
-)
+@pytest.fixture(scope="module", params=[(name, backend) for name in GOLDEN for backend in CHOICES], ids="-".join)
 def run(request: pytest.FixtureRequest, converted: Callable[[str], Path]) -> Iterator[Run]:
     name, backend = request.param
+    require(backend, "cpu", torch.float32)
     model = load(converted(name))
     with mra_kernels.use_backend(backend):
         yield Run(Golden(name), model, golden_pixels(model.config.vision_config.image_size))

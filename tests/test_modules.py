@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_calls import devices, threads
+from op_calls import CHOICES, devices, require, threads
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -106,10 +106,11 @@ def as_map(x: Tensor, like: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", CHOICES)
 @pytest.mark.parametrize("name", [*ADAPTER_FILES, *MERGE_FILES, *CONVNEXT_FILES])
 def test_golden(name: str, backend: str, dtype: torch.dtype, device: str) -> None:
     """Outputs and all gradients of the authors' code; float64 shows that what is left in float32 is rounding."""
+    require(backend, device, dtype)
     tensors, metadata = read(name)
     module, kind = build(name, tensors, metadata)
     module.load_state_dict(as_parameters(tensors, "param.", module, kind), strict=True)

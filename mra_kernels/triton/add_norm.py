@@ -176,7 +176,7 @@ def _backward(
     weight_sums = tl.zeros((ROWS, BLOCK), tl.float32)
     bias_sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(first, last, ROWS):
-        row = start + tl.arange(0, ROWS)
+        row = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
         inside = row < last
         mask = inside[:, None] & there[None, :]
         at = row[:, None] * channels + column[None, :]
