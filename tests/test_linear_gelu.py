@@ -13,6 +13,8 @@ from mra_kernels.testing import make_inputs
 
 class TestLinearGelu(OpSuite):
     op = "linear_gelu"
+    summed = ("x", "weight", "bias")
+    products = ("x", "weight")
     local_gradients = ("x",)
     # batch and positions, inputs, outputs, with a mean
     shapes: ClassVar = [

@@ -9,6 +9,8 @@ from op_suite import OpSuite
 
 class TestLinearScaleResidual(OpSuite):
     op = "linear_scale_residual"
+    summed = ("x", "weight", "bias", "residual")
+    products = ("x", "weight")
     local_gradients = ("x", "residual")
     # batch and positions, inputs, outputs, with a scale
     shapes: ClassVar = [
