@@ -3,13 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test install properties check clean
+.PHONY: demo test interpret install properties check clean
 
 demo: install
 	$(BIN)/mra compare
 
+# One process a core, up to 8, each with one thread.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope
+
 test: install
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(PYTEST) tests
+
+# Triton's kernels on CPU tensors, in the interpreter of version TRITON, which the environment does not keep.
+TRITON ?= 3.6.0
+INTERPRETED ?= triton and (values or golden or test_triton)
+interpret: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target build/triton-$(TRITON) triton==$(TRITON) 'numpy<2.4'
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=build/triton-$(TRITON) $(PYTEST) tests -k '$(INTERPRETED)'
 
 # 1,000 random shapes for each op; the tests draw 100.
 properties: install

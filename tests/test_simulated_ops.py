@@ -58,11 +58,12 @@ def test_every_order_gives_the_same_bits(op: str, dims: tuple, dtype: torch.dtyp
             assert torch.equal(grad, runs[0].grads[name]), name
 
 
-# How many orders and sizes: two orders, because copies land late in one and at once in the other.
-@pytest.mark.parametrize(("kind", "orders", "count"), [("address", 1, 99), ("thread", 2, 1)])
-@pytest.mark.parametrize("op", OPS)
-def test_sanitizers_have_nothing_to_report(op: str, kind: str, orders: int, count: int) -> None:
-    library = build(program(), kind, FOLDER)
-    arguments = [str(TESTS / "simulated_cases.py"), str(library), str(orders), str(count), op]
-    result = run_python(kind, arguments, [TESTS, TESTS.parent])
-    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-5000:]
+class TestSanitizers:
+    # How many orders and sizes: two orders, because copies land late in one and at once in the other.
+    @pytest.mark.parametrize(("kind", "orders", "count"), [("address", 1, 99), ("thread", 2, 1)])
+    @pytest.mark.parametrize("op", OPS)
+    def test_nothing_to_report(self, op: str, kind: str, orders: int, count: int) -> None:
+        library = build(program(), kind, FOLDER)
+        arguments = [str(TESTS / "simulated_cases.py"), str(library), str(orders), str(count), op]
+        result = run_python(kind, arguments, [TESTS, TESTS.parent])
+        assert result.returncode == 0, result.stdout[-500:] + result.stderr[-5000:]

@@ -40,6 +40,7 @@ def install() -> None:
     InterpreterBuilder.repaired = True
     _repair_bfloat16()
     _check_accesses()
+    _patch_once()
 
 
 @contextmanager
@@ -275,3 +276,32 @@ def _check_accesses() -> None:
         return launch(self, *args, **named)
 
     GridExecutor.__call__ = checked
+
+
+# Speed.
+
+
+def _patch_once() -> None:
+    """A module of the language is patched once a launch; Triton does it anew for each call of a helper."""
+    patch = interpreter._patch_lang
+    patched: set[Any] = set()
+
+    class Nothing:
+        def restore(self) -> None: ...
+
+    def patch_lang(function: Any) -> Any:
+        modules = {m for m in (tl, tl.core) if any(m is value for value in function.__globals__.values())} - patched
+        if not modules:
+            return Nothing()
+        scope = patch(function)
+        restore = scope.restore
+
+        def restored() -> None:
+            patched.difference_update(modules)
+            restore()
+
+        patched.update(modules)
+        scope.restore = restored
+        return scope
+
+    interpreter._patch_lang = patch_lang

@@ -121,7 +121,7 @@ def sanitizer_environment(kind: str) -> dict[str, str]:
 
 
 def run_python(
-    kind: str, arguments: Sequence[str], path: Sequence[Path] = (), timeout: float = 300
+    kind: str, arguments: Sequence[str], path: Sequence[Path] = (), timeout: float = 1200
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python in a child process that can load a library of this build; a report ends it with an error.
 
