@@ -22,11 +22,14 @@ from mra_model.compare.table import print_comparison
 from mra_model.environment import dtype_name, parse_device, parse_dtype
 from mra_model.generation import ModelFolderError, generate_text, load_model
 from mra_model.images import load_image
+from mra_model.launch import CommandError, launch
 from mra_model.memory import NotEnoughMemory
 
 # Wrong options end with 2, as the shell's own tools do; what went wrong later ends with 1.
 WRONG_OPTION = 2
 FAILED = 1
+
+TASKS = Path(__file__).parent / "tasks"
 
 app = typer.Typer(
     help="LLaVA-HR with fused kernels: inspect, convert, ask, compare.",
@@ -164,6 +167,22 @@ def compare(
         _write_json(json_file, comparing.to_json(comparison))
     if comparison.agreement.failures:
         raise typer.Exit(FAILED)
+
+
+# What follows the program's name is the program's.
+@app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def execute(
+    command: Annotated[list[str], typer.Argument(help="A program and its arguments.", metavar="-- COMMAND [ARGS]...")],
+) -> None:
+    """Run a Python program, such as `transformers serve`, with the model registered in all of its processes."""
+    with _one_line(FAILED, CommandError):
+        launch(command)
+
+
+@app.command()
+def eval_tasks() -> None:
+    """Print the folder of the paper's eleven tasks for lmms-eval's --include_path; their group is llava_hr."""
+    typer.echo(TASKS)
 
 
 @contextmanager
