@@ -124,6 +124,21 @@ def test_commands_exist(page: Path) -> None:
             assert set(words[1:]) <= set(targets), f"{name(page)}: {line}: the Makefile has {targets}"
 
 
+@pytest.mark.parametrize("page", TEXTS, ids=name)
+def test_options_exist(page: Path) -> None:
+    """An option in a sentence, `--like-this VALUE`, belongs to some command."""
+    groups = [get_command(app) for app in APPS.values()]
+    known = {
+        option
+        for group in groups
+        for command in group.commands.values()  # type: ignore[attr-defined]
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    used = {line.split()[0] for line, whole in commands(page) if not whole and re.match(r"--[a-z]", line)}
+    assert used <= known
+
+
 def complaint(app: object, words: list[str]) -> str | None:
     """What the command says of its arguments, None where it takes them."""
     group = get_command(app)  # type: ignore[arg-type]
