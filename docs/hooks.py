@@ -76,25 +76,27 @@ def _tab(machine: Machine, op: str) -> str:
         return ""
     ours = [name for name in ("native", "triton") if any(subject.result(name) for subject in subjects)]
     header = ["case", "", "eager", *ours, "fastest library route"]
-    rows = [header, ["---", "---", *["---:"] * (len(header) - 3), "---"], *(_row(s, ours) for s in subjects)]
+    dtypes = " and ".join(sorted({str(subject.labels["dtype"]) for subject in subjects}))
+    rows = [header, ["---", "---", *["---:"] * (len(header) - 3), "---"]]
+    rows += [_row(subject, ours, " and " in dtypes) for subject in subjects]
     lines = [
         f'=== "{machine.name}"',
         "",
         *(f"    | {' | '.join(row)} |" for row in rows),
         "",
-        f"    Microseconds, median, warm; in brackets, how many times faster than eager. Commit `{machine.commit}`, "
-        f"{machine.date}.",
+        f"    Microseconds in {dtypes}, median, warm; in brackets, how many times faster than eager. "
+        f"Commit `{machine.commit}`, {machine.date}.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _row(subject: Subject, ours: list[str]) -> list[str]:
+def _row(subject: Subject, ours: list[str], with_dtype: bool) -> list[str]:
     labels = subject.labels
     what = f"{labels['shape']}, {labels.get('place') or labels.get('model')}"
-    how = f"{labels['direction']}, {labels['dtype']}"
+    how = f"{labels['direction']}, {labels['dtype']}" if with_dtype else str(labels["direction"])
     library = subject.fastest("warm", is_library)
-    found = f"{_time(subject, library)} {library.partition(':')[2].strip()}" if library else ""
+    found = f"{_time(subject, library)}, {library.partition(':')[2].strip()}" if library else ""
     return [what, how, *(_time(subject, name) for name in ("eager", *ours)), found]
 
 
