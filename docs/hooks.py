@@ -5,6 +5,7 @@ A page writes `<!-- measured: OP -->` where the newest measurements of an op bel
 
 import re
 import sys
+from functools import cache
 from html import unescape
 from pathlib import Path
 
@@ -64,10 +65,15 @@ def measured(op: str) -> str:
     Raises:
         PluginError: no such op was measured anywhere.
     """
-    tabs = [tab for machine in machines(RESULTS) if (tab := _tab(machine, op))]
+    tabs = [tab for machine in _machines() if (tab := _tab(machine, op))]
     if not tabs:
         raise PluginError(f"no results of {op!r} under {RESULTS}: write that it was not measured")
     return "\n".join(tabs)
+
+
+@cache
+def _machines() -> list[Machine]:
+    return machines(RESULTS)
 
 
 def _tab(machine: Machine, op: str) -> str:

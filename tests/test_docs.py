@@ -105,7 +105,8 @@ def commands(page: Path) -> Iterator[tuple[str, bool]]:
     text = page.read_text(encoding="utf-8")
     for block in blocks(page):
         if not block.language:
-            yield from ((line.strip(), True) for line in block.code.splitlines() if line.strip())
+            lines = re.sub(r"\\\n\s*", "", block.code).splitlines()
+            yield from ((line.strip(), True) for line in lines if line.strip())
     yield from ((span[1], False) for span in _SPAN.finditer(_FENCE.sub("", text)))
 
 
