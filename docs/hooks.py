@@ -1,6 +1,7 @@
 """What mkdocs does beyond its plugins: tables from bench/results, equations as MathML, and nothing from the network.
 
-A page writes `<!-- measured: OP -->` where the newest measurements of an op belong: no number is copied by hand.
+A page writes `<!-- measured: OP -->` where the newest measurements of an op belong, and `<!-- measured -->` for the
+summary of every machine: no number is copied by hand.
 """
 
 import re
@@ -19,8 +20,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.report.data import Machine, Subject, is_library, machines  # noqa: E402
+from bench.report.readme import summarize  # noqa: E402
 
 RESULTS = ROOT / "bench/results"
+REPORT = "report.html"
 
 _MEASURED = re.compile(r"<!-- measured: (\w+) -->")
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
@@ -29,12 +32,13 @@ _FETCHED = re.compile(r'<(?:script|img|iframe)[^>]*\ssrc="(?:https?:)?//|<link[^
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Puts the benchmarks' own page beside the documentation."""
-    files.append(File.generated(config, "report.html", abs_src_path=str(RESULTS / "report.html")))
+    files.append(File.generated(config, REPORT, abs_src_path=str(RESULTS / REPORT)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Writes the tables of measurements."""
+    markdown = markdown.replace("<!-- measured -->", summarize(_machines(), REPORT))
     return _MEASURED.sub(lambda match: measured(match[1]), markdown)
 
 
