@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_tiny_config
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mra_model import build_model
@@ -17,13 +18,13 @@ BLOCKS = {"MraConvNeXtBlock", "MraAdapterLayer", "MraEncoderLayer"}
 
 def shard_named(model: nn.Module, more: set[str] = frozenset()) -> None:
     """As accelerate does it: each module of a class that the model names, then the rest."""
-    for module in model.modules():
-        if type(module).__name__ in more:
-            fully_shard(module)
-    for module in model.modules():
-        if type(module).__name__ in model._no_split_modules:
-            fully_shard(module)
-    fully_shard(model)
+    # On a machine with GPUs the default is one of them.
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for names in (more, model._no_split_modules):
+        for module in model.modules():
+            if type(module).__name__ in names:
+                fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def shard_blocks(model: nn.Module) -> None:
