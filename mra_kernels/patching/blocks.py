@@ -16,6 +16,7 @@ from mra_kernels.patching.children import (
     fits,
     is_autocast,
     is_dropping,
+    is_watched,
     why_not_conv,
     why_not_drop,
     why_not_exactly,
@@ -68,6 +69,10 @@ class Layout:
         """What holds the MLP."""
         return block if self.mlp is None else block._modules[self.mlp]
 
+    def scale_of(self, block: nn.Module) -> Any:
+        """The layer scale: [C], or None."""
+        return None if self.scale is None else getattr(block, self.scale)
+
     def named(self, name: str) -> str:
         """A child of the MLP, for readers."""
         return name if self.mlp is None else f"{self.mlp}.{name}"
@@ -85,60 +90,65 @@ class Block(Fused):
         """See `Fused.why_not`."""
         if getattr(block, "use_conv_mlp", False):
             return {"": "conv_mlp=True: its MLP is of convolutions on maps channels first"}
+        inner, scale = detail.inner(block)._modules, detail.scale_of(block)
+        conv, norm, up, down = detail.conv, detail.norm, detail.up, detail.down
+        first, last = ((name, block._modules[name]) for name in (conv, norm))
         reasons = {
-            "depthwise_conv_norm": why_not_conv_norm(block, detail),
-            "linear_gelu": why_not_up(block, detail),
-            "linear_scale_residual": why_not_down(block, detail),
+            "depthwise_conv_norm": why_not_conv_norm(block, detail) or why_not_weights(first, last),
+            "linear_gelu": why_not_up(block, detail) or why_not_weights((detail.named(up), inner[up])),
+            "linear_scale_residual": why_not_down(block, detail)
+            or why_not_weights((detail.named(down), inner[down]))
+            or why_not_plain(str(detail.scale), () if scale is None else (scale,)),
             "GRN": "no kernel computes it; it runs as it is" if "grn" in detail.between else None,
         }
         return {what: reason for what, reason in reasons.items() if reason is not None}
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """x: [B, C, H, W] -> [B, C, H, W]."""
+        if is_watched():
+            return super().forward(x)  # type: ignore[misc]
         layout: Layout = self.detail
-        conv, norm = self._modules[layout.conv], self._modules[layout.norm]
+        autocast = is_autocast(x)
+        children, inner = self._modules, layout.inner(self)
         with self.served():
+            conv, norm = children[layout.conv], children[layout.norm]
             tensors = conv.weight, conv.bias, norm.weight, norm.bias
-            if self._may("depthwise_conv_norm", why_not_conv_norm) and fits(x, tensors):
+            if self._may("depthwise_conv_norm", why_not_conv_norm) and fits(x, tensors, autocast):
                 y = depthwise_conv_norm(x.permute(0, 2, 3, 1), *tensors, norm.eps)
             else:
                 y = norm(conv(x).permute(0, 2, 3, 1))
-            inner = layout.inner(self)
             if layout.mlp is not None and why_not_skip(layout.mlp, inner) is not None:
                 return self._add(x, inner(y))
-            up, down = inner._modules[layout.up], inner._modules[layout.down]
-            if self._may("linear_gelu", why_not_up) and fits(y, (up.weight, up.bias)):
-                hidden = linear_gelu(y, up.weight, up.bias)
-            else:
-                hidden = inner._modules[layout.act](up(y))
-            for name in layout.between:
-                hidden = inner._modules[name](hidden)
-            if self._may("linear_scale_residual", why_not_down) and self._is_plain_sum(x, hidden, down):
-                scale = None if layout.scale is None else getattr(self, layout.scale)
-                y = linear_scale_residual(hidden, down.weight, down.bias, scale, x.permute(0, 2, 3, 1))
-                return y.permute(0, 3, 1, 2)
-            y = down(hidden)
-            for name in layout.after:
-                y = inner._modules[name](y)
-            return self._add(x, y)
+            return self._mix(x, y, inner._modules, autocast)
+
+    def _mix(self: Any, x: Tensor, y: Tensor, children: dict[str, Any], autocast: bool) -> Tensor:
+        """The MLP and the sum: x: [B, C, H, W], y: [B, H, W, C] -> [B, C, H, W]."""
+        layout: Layout = self.detail
+        up, down, scale = children[layout.up], children[layout.down], layout.scale_of(self)
+        if self._may("linear_gelu", why_not_up) and fits(y, tensors := (up.weight, up.bias), autocast):
+            hidden = linear_gelu(y, *tensors)
+        else:
+            hidden = children[layout.act](up(y))
+        for name in layout.between:
+            hidden = children[name](hidden)
+        # In autocast PyTorch leaves the sum in float32, and so does this.
+        drops = [self._modules[layout.drop], *(children[name] for name in layout.after)]
+        if not autocast and self._may("linear_scale_residual", why_not_down) and not any(map(is_dropping, drops)):
+            tensors = down.weight, down.bias
+            if fits(hidden, (x, *tensors) if scale is None else (x, *tensors, scale), autocast):
+                return linear_scale_residual(hidden, *tensors, scale, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = down(hidden)
+        for name in layout.after:
+            y = children[name](y)
+        return self._add(x, y)
 
     def _may(self: Any, op: str, why_not: Callable[[nn.Module, Layout], str | None]) -> bool:
         return op in self.ops and why_not(self, self.detail) is None
 
-    def _is_plain_sum(self: Any, x: Tensor, hidden: Tensor, down: nn.Linear) -> bool:
-        """Whether nothing is dropped now, and the sum is in one dtype: autocast leaves a float32 sum in float32."""
-        layout: Layout = self.detail
-        inner = layout.inner(self)
-        if is_dropping(self._modules[layout.drop]) or any(is_dropping(inner._modules[name]) for name in layout.after):
-            return False
-        scale = None if layout.scale is None else getattr(self, layout.scale)
-        tensors = (x, down.weight, down.bias) if scale is None else (x, down.weight, down.bias, scale)
-        return not is_autocast(x) and fits(hidden, tensors)
-
     def _add(self: Any, x: Tensor, y: Tensor) -> Tensor:
         """x: [B, C, H, W], y: [B, H, W, C] -> x + layer scale * y, paths dropped: [B, C, H, W]."""
         layout: Layout = self.detail
-        scale = None if layout.scale is None else getattr(self, layout.scale)
+        scale = layout.scale_of(self)
         y = (y if scale is None else y * scale).permute(0, 3, 1, 2)
         if layout.shortcut is not None:
             x = self._modules[layout.shortcut](x)
@@ -151,7 +161,7 @@ def why_not_conv_norm(block: nn.Module, layout: Layout) -> str | None:
     reason = why_not_conv(layout.conv, conv, size=7, stride=1, padding=3, depthwise=True)
     if reason is None:
         reason = why_not_norm(layout.norm, norm, conv.out_channels, first=False)  # type: ignore[union-attr, arg-type]
-    return reason or why_not_weights((layout.conv, conv), (layout.norm, norm))
+    return reason
 
 
 def why_not_up(block: nn.Module, layout: Layout) -> str | None:
@@ -162,22 +172,19 @@ def why_not_up(block: nn.Module, layout: Layout) -> str | None:
         _why_not_mlp(block, layout)
         or why_not_exactly(name, up, nn.Linear)
         or why_not_gelu(layout.named(layout.act), act)
-        or why_not_weights((name, up))
     )
 
 
 def why_not_down(block: nn.Module, layout: Layout) -> str | None:
     """Why `linear_scale_residual` cannot take the place of the MLP's second half and the sum."""
     children = layout.inner(block)._modules
-    down, name = children[layout.down], layout.named(layout.down)
-    reason = _why_not_mlp(block, layout) or why_not_exactly(name, down, nn.Linear) or why_not_weights((name, down))
-    drops = [(layout.named(after), children[after]) for after in layout.after]
-    for drop, module in [*drops, (layout.drop, block._modules[layout.drop])]:
-        reason = reason or why_not_drop(drop, module)
+    reason = _why_not_mlp(block, layout) or why_not_exactly(layout.named(layout.down), children[layout.down], nn.Linear)
+    for name in layout.after:
+        reason = reason or why_not_drop(layout.named(name), children[name])
+    reason = reason or why_not_drop(layout.drop, block._modules[layout.drop])
     if layout.shortcut is not None:
         reason = reason or why_not_exactly(layout.shortcut, block._modules[layout.shortcut], nn.Identity)
-    scale = None if layout.scale is None else getattr(block, layout.scale)
-    return reason or (None if scale is None else why_not_plain(str(layout.scale), (scale,)))
+    return reason
 
 
 def _why_not_mlp(block: nn.Module, layout: Layout) -> str | None:

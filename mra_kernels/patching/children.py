@@ -18,8 +18,6 @@ NORMS = frozenset(("LayerNorm", "LayerNorm2d", "ConvNextLayerNorm", "ConvNextV2L
 # GELU by the error function, unless `approximate` says otherwise.
 GELUS = frozenset(("GELU", "GELUActivation"))
 
-_PLAIN = (nn.Parameter, Tensor)
-
 
 def why_not_skip(name: str, module: nn.Module) -> str | None:
     """None where leaving out the call of `module` leaves out nothing but its forward."""
@@ -42,8 +40,9 @@ def why_not_plain(name: str, tensors: Iterable[Tensor | None]) -> str | None:
     for tensor in tensors:
         if tensor is None:
             return f"{name} lacks a weight or a bias"
-        if type(tensor) not in _PLAIN and not isinstance(tensor, FakeTensor):
-            return f"{name} holds a {type(tensor).__name__}"
+        kind = type(tensor)
+        if kind is not nn.Parameter and kind is not Tensor and not isinstance(tensor, FakeTensor):
+            return f"{name} holds a {kind.__name__}"
         if tensor.numel() == 0 or hasattr(tensor, "ds_id"):
             return f"the weights of {name} are partitioned"
     return None
@@ -129,11 +128,17 @@ def is_dropping(drop: nn.Module) -> bool:
     return bool(getattr(drop, "p", 0.0) if type(drop) is nn.Dropout else getattr(drop, "drop_prob", 0.0))
 
 
-def fits(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether an op may take these beside x now: all there, of x's dtype unless autocast casts, nobody watching."""
-    if _has_any_global_hook() or why_not_plain("", (x, *tensors)) is not None:
+def fits(x: Tensor, tensors: Sequence[Tensor | None], autocast: bool) -> bool:
+    """Whether an op may take these beside x: all there and plain, and of x's dtype unless autocast casts them."""
+    if why_not_plain("", (x,)) is not None or why_not_plain("", tensors) is not None:
         return False
-    return is_autocast(x) or all(tensor is not None and tensor.dtype == x.dtype for tensor in tensors)
+    dtype = x.dtype
+    return autocast or all(tensor.dtype == dtype for tensor in tensors)  # type: ignore[union-attr]
+
+
+def is_watched() -> bool:
+    """Whether hooks are registered for all modules, which must see each child's call."""
+    return _has_any_global_hook()
 
 
 def is_autocast(x: Tensor) -> bool:

@@ -13,6 +13,7 @@ from mra_kernels.modules import merge, mr_adapter
 from mra_kernels.patching.children import (
     fits,
     is_autocast,
+    is_watched,
     why_not_conv,
     why_not_exactly,
     why_not_gelu,
@@ -30,6 +31,7 @@ _ADAPTER = {
     "gate_up": ("gate", "0"),
     "gate_down": ("gate", "2"),
 }
+_MERGE = "fast_proj", "slow_proj"
 
 
 class Adapter(Fused):
@@ -49,22 +51,23 @@ class Adapter(Fused):
     @staticmethod
     def why_not(module: nn.Module, detail: None) -> dict[str, str]:
         """See `Fused.why_not`."""
-        reason = why_not_adapter(module)
+        weights = [(".".join(path), _child(module, path)) for path in _ADAPTER.values()]
+        reason = why_not_adapter(module) or why_not_weights(*weights)
         return {} if reason is None else {"": reason}
 
     def forward(self: Any, fast_feat: Tensor, slow_feat: Tensor) -> Tensor:
         """fast_feat: [B, L, C_l], slow_feat: [B, C_h, H', W'] -> [B, L, C_l]."""
+        grids = None if is_watched() or is_autocast(fast_feat) else _grids(fast_feat, slow_feat)
+        if grids is None or why_not_adapter(self) is not None:
+            return super().forward(fast_feat, slow_feat)  # type: ignore[misc]
+        children = {name: _child(self, path) for name, path in _ADAPTER.items()}
+        parameters = {f"{name}_weight": child.weight for name, child in children.items()}
+        parameters |= {f"{name}_bias": child.bias for name, child in children.items()}
+        if not fits(fast_feat, (slow_feat, *parameters.values()), False):
+            return super().forward(fast_feat, slow_feat)  # type: ignore[misc]
+        for name in ("low_proj_weight", "high_conv_weight", "high_proj_weight"):
+            parameters[name] = parameters[name].flatten(1)
         with self.served():
-            grids = _grids(fast_feat, slow_feat)
-            if grids is None or is_autocast(fast_feat) or why_not_adapter(self) is not None:
-                return super().forward(fast_feat, slow_feat)  # type: ignore[misc]
-            children = {name: _child(self, path) for name, path in _ADAPTER.items()}
-            parameters = {f"{name}_weight": child.weight for name, child in children.items()}
-            parameters |= {f"{name}_bias": child.bias for name, child in children.items()}
-            if not fits(fast_feat, (slow_feat, *parameters.values())):
-                return super().forward(fast_feat, slow_feat)  # type: ignore[misc]
-            for name in ("low_proj_weight", "high_conv_weight", "high_proj_weight"):
-                parameters[name] = parameters[name].flatten(1)
             return mr_adapter(*grids, parameters).flatten(1, 2)
 
 
@@ -77,19 +80,20 @@ class Merge(Fused):
     @staticmethod
     def why_not(module: nn.Module, detail: None) -> dict[str, str]:
         """See `Fused.why_not`."""
-        reason = why_not_merge(module)
+        weights = [(name, module._modules[name]) for name in _MERGE]
+        reason = why_not_merge(module) or why_not_weights(*weights)
         return {} if reason is None else {"": reason}
 
     def forward(self: Any, fast_feat: Tensor, slow_feat: Tensor) -> Tensor:
         """fast_feat: [B, L, C_l], slow_feat: [B, C_h, H', W'] or [B, L', C_h] -> [B, L, C_l]."""
+        grids = None if is_watched() or is_autocast(fast_feat) else _grids(fast_feat, slow_feat)
+        if grids is None or why_not_merge(self) is not None:
+            return super().forward(fast_feat, slow_feat)  # type: ignore[misc]
+        low, high = self._modules["fast_proj"], self._modules["slow_proj"]
+        tensors = low.weight, low.bias, high.weight, high.bias
+        if not fits(fast_feat, (slow_feat, *tensors), False):
+            return super().forward(fast_feat, slow_feat)  # type: ignore[misc]
         with self.served():
-            grids = _grids(fast_feat, slow_feat)
-            if grids is None or is_autocast(fast_feat) or why_not_merge(self) is not None:
-                return super().forward(fast_feat, slow_feat)  # type: ignore[misc]
-            low, high = self._modules["fast_proj"], self._modules["slow_proj"]
-            tensors = low.weight, low.bias, high.weight, high.bias
-            if not fits(fast_feat, (slow_feat, *tensors)):
-                return super().forward(fast_feat, slow_feat)  # type: ignore[misc]
             return merge(*grids, *tensors).flatten(1, 2)
 
 
@@ -103,17 +107,15 @@ def why_not_adapter(module: nn.Module) -> str | None:
         reason = reason or why_not_conv(name, children[name], size=1, stride=1, padding=0, depthwise=False)
     for name in ("gate.0", "gate.2"):
         reason = reason or why_not_exactly(name, children[name], nn.Linear)
-    return reason or why_not_gelu("gate.1", _child(module, ("gate", "1"))) or why_not_weights(*children.items())
+    return reason or why_not_gelu("gate.1", _child(module, ("gate", "1")))
 
 
 def why_not_merge(module: nn.Module) -> str | None:
     """Why the ops cannot take the place of the merge's children."""
-    children = [(name, module._modules[name]) for name in ("fast_proj", "slow_proj")]
-    for name, child in children:
-        reason = why_not_exactly(name, child, nn.Linear)
-        if reason is not None:
-            return reason
-    return why_not_weights(*children)
+    first, second = _MERGE
+    return why_not_exactly(first, module._modules[first], nn.Linear) or why_not_exactly(
+        second, module._modules[second], nn.Linear
+    )
 
 
 def _child(module: nn.Module, path: tuple[str, ...]) -> Any:

@@ -14,6 +14,7 @@ from mra_kernels.ops import norm_patchify, patch_conv_norm
 from mra_kernels.patching.children import (
     fits,
     is_autocast,
+    is_watched,
     why_not_conv,
     why_not_norm,
     why_not_plain,
@@ -37,9 +38,21 @@ class Pair:
     then: str | None = None
 
     def children(self, module: nn.Module) -> tuple[Any, Any]:
-        """Both, in the order in which they run."""
+        """The first and the last child, in the order in which they run."""
+        found = list(self._holder(module).values())
+        return found[0], found[-1]
+
+    def why_not_two(self, module: nn.Module) -> str | None:
+        """None where there are no others."""
+        found = self._holder(module)
+        if tuple(found) == self.names:
+            return None
+        kinds = ", ".join(type(child).__name__ for child in found.values())
+        return f"it is not a convolution and a norm, but {kinds}"
+
+    def _holder(self, module: nn.Module) -> dict[str, Any]:
         holder: Any = module if self.held is None else module._modules[self.held]
-        return holder._modules[self.names[0]], holder._modules[self.names[1]]
+        return holder._modules
 
     def named(self, name: str) -> str:
         """One of them, for readers."""
@@ -55,21 +68,22 @@ class Stem(Fused):
     @staticmethod
     def why_not(module: nn.Module, detail: Pair) -> dict[str, str]:
         """See `Fused.why_not`."""
-        reason = why_not_stem(module, detail)
+        conv, norm = detail.children(module)
+        conv_name, norm_name = map(detail.named, detail.names)
+        reason = why_not_stem(module, detail) or why_not_weights((conv_name, conv), (norm_name, norm))
         return {} if reason is None else {"patch_conv_norm": reason}
 
     def forward(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
         """x: [B, P, S1, S2] -> [B, C, S1 // k, S2 // k]."""
+        # Autocast leaves the norm's result in float32.
+        if is_watched() or is_autocast(x) or why_not_stem(self, self.detail) is not None:
+            return super().forward(x, **kwargs)  # type: ignore[misc]
         conv, norm = self.detail.children(self)
+        tensors = conv.weight, conv.bias, norm.weight, norm.bias
+        if x.shape[1] != conv.in_channels or not fits(x, tensors, False):
+            return super().forward(x, **kwargs)  # type: ignore[misc]
         with self.served():
-            # Autocast leaves the norm's result in float32.
-            if why_not_stem(self, self.detail) is not None or is_autocast(x) or x.shape[1] != conv.in_channels:
-                return super().forward(x, **kwargs)  # type: ignore[misc]
-            tensors = conv.weight, conv.bias, norm.weight, norm.bias
-            if not fits(x, tensors):
-                return super().forward(x, **kwargs)  # type: ignore[misc]
-            x = patch_conv_norm(x, *tensors, norm.eps).permute(0, 3, 1, 2)
-            return _run(self, x)
+            return _run(self, patch_conv_norm(x, *tensors, norm.eps).permute(0, 3, 1, 2))
 
 
 class Downsample(Fused):
@@ -81,41 +95,46 @@ class Downsample(Fused):
     @staticmethod
     def why_not(module: nn.Module, detail: Pair) -> dict[str, str]:
         """See `Fused.why_not`."""
-        reason = why_not_downsample(module, detail)
+        norm, conv = detail.children(module)
+        norm_name, conv_name = map(detail.named, detail.names)
+        reason = why_not_downsample(module, detail) or why_not_weights((norm_name, norm))
+        reason = reason or why_not_plain(conv_name, (conv.weight,))
         return {} if reason is None else {"norm_patchify": reason}
 
     def forward(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
         """x: [B, C, H, W] -> [B, N, H // 2, W // 2]."""
+        if is_watched() or why_not_downsample(self, self.detail) is not None:
+            return super().forward(x, **kwargs)  # type: ignore[misc]
         norm, conv = self.detail.children(self)
+        weight = conv.weight
+        if not fits(x, (norm.weight, norm.bias, weight), is_autocast(x)):
+            return super().forward(x, **kwargs)  # type: ignore[misc]
         with self.served():
-            if why_not_downsample(self, self.detail) is not None or not fits(x, (norm.weight, norm.bias, conv.weight)):
-                return super().forward(x, **kwargs)  # type: ignore[misc]
             patches = norm_patchify(x.permute(0, 2, 3, 1), norm.weight, norm.bias, norm.eps)
             # With more than two dimensions the bias would be added in a pass of its own.
-            y = F.linear(patches.flatten(0, 2), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+            y = F.linear(patches.flatten(0, 2), weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
             return _run(self, y.view(*patches.shape[:3], -1).permute(0, 3, 1, 2))
 
 
 def why_not_stem(module: nn.Module, pair: Pair) -> str | None:
     """Why `patch_conv_norm` cannot take the place of both children."""
     conv, norm = pair.children(module)
-    names = tuple(map(pair.named, pair.names))
+    conv_name, norm_name = map(pair.named, pair.names)
     return (
-        why_not_conv(names[0], conv, size=None, stride=None, padding=0, depthwise=False)
-        or why_not_norm(names[1], norm, conv.out_channels, first=True)
-        or why_not_weights((names[0], conv), (names[1], norm))
+        pair.why_not_two(module)
+        or why_not_conv(conv_name, conv, size=None, stride=None, padding=0, depthwise=False)
+        or why_not_norm(norm_name, norm, conv.out_channels, first=True)
     )
 
 
 def why_not_downsample(module: nn.Module, pair: Pair) -> str | None:
     """Why `norm_patchify` and a product cannot take the place of both children."""
     norm, conv = pair.children(module)
-    names = tuple(map(pair.named, pair.names))
+    norm_name, conv_name = map(pair.named, pair.names)
     return (
-        why_not_conv(names[1], conv, size=2, stride=2, padding=0, depthwise=False)
-        or why_not_norm(names[0], norm, conv.in_channels, first=True)
-        or why_not_weights((names[0], norm))
-        or why_not_plain(names[1], (conv.weight,))
+        pair.why_not_two(module)
+        or why_not_conv(conv_name, conv, size=2, stride=2, padding=0, depthwise=False)
+        or why_not_norm(norm_name, norm, conv.in_channels, first=True)
     )
 
 
