@@ -112,8 +112,9 @@ class Block(Fused):
         children, inner = self._modules, layout.inner(self)
         with self.served():
             conv, norm = children[layout.conv], children[layout.norm]
-            tensors = conv.weight, conv.bias, norm.weight, norm.bias
-            if self._may("depthwise_conv_norm", why_not_conv_norm) and fits(x, tensors, autocast):
+            if self._may("depthwise_conv_norm", why_not_conv_norm) and fits(
+                x, tensors := (conv.weight, conv.bias, norm.weight, norm.bias), autocast
+            ):
                 y = depthwise_conv_norm(x.permute(0, 2, 3, 1), *tensors, norm.eps)
             else:
                 y = norm(conv(x).permute(0, 2, 3, 1))
