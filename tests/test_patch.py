@@ -33,7 +33,7 @@ BLOCK = ("depthwise_conv_norm", "linear_gelu", "linear_scale_residual")
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm's twin": ConvNeXt,
-    "the authors' twin": lambda: ConvNeXt(scale="weight", eps=1e-5),
+    "the authors' twin": lambda: ConvNeXt(scale="weight", eps=0.1),
     "ConvNextModel": lambda: ConvNextModel(ConvNextConfig(**SIZES)),
     "without layer scale": lambda: ConvNextModel(ConvNextConfig(**SIZES, layer_scale_init_value=0.0)),
     "ConvNextBackbone": lambda: ConvNextBackbone(ConvNextConfig(**SIZES, out_features=["stage2", "stage4"])),
