@@ -267,27 +267,27 @@ STAGES: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "kernel": (
         put("stages.1.downsample.1", lambda m: nn.Conv2d(8, 12, 3, stride=2, padding=1)),
         "stages.1.downsample",
-        "1 has a kernel of 3 x 3, not 2 x 2",
+        "[1] has a kernel of 3 x 3, not 2 x 2",
     ),
     "stride": (
         put("stages.1.downsample.1", lambda m: nn.Conv2d(8, 12, 2, stride=1)),
         "stages.1.downsample",
-        "1 has stride (1, 1), not 2",
+        "[1] has stride (1, 1), not 2",
     ),
     "norm": (
         put("stages.1.downsample.0", lambda m: nn.BatchNorm2d(8)),
         "stages.1.downsample",
-        "0 is a BatchNorm2d, not a known LayerNorm",
+        "[0] is a BatchNorm2d, not a known LayerNorm",
     ),
-    "hook": (hook("stages.1.downsample.0"), "stages.1.downsample", "0 has hooks"),
+    "hook": (hook("stages.1.downsample.0"), "stages.1.downsample", "[0] has hooks"),
     "stem's padding": (
         put("stem.0", lambda m: nn.Conv2d(3, 8, 4, stride=4, padding=2)),
         "stem",
-        "0 has padding (2, 2) of zeros, not 0 of zeros",
+        "[0] has padding (2, 2) of zeros, not 0 of zeros",
     ),
-    "stem's bias": (put("stem.0", lambda m: nn.Conv2d(3, 8, 4, 4, bias=False)), "stem", "0 lacks a weight or a bias"),
-    "stem's norm": (put("stem.1", lambda m: LayerNorm2d(8, bias=False)), "stem", "1 lacks a weight or a bias"),
-    "stem's size": (put("stem.0", lambda m: nn.Conv2d(3, 8, (4, 2), 4)), "stem", "0 has a kernel of 4 x 2"),
+    "stem's bias": (put("stem.0", lambda m: nn.Conv2d(3, 8, 4, 4, bias=False)), "stem", "[0] lacks a weight or a bias"),
+    "stem's norm": (put("stem.1", lambda m: LayerNorm2d(8, bias=False)), "stem", "[1] lacks a weight or a bias"),
+    "stem's size": (put("stem.0", lambda m: nn.Conv2d(3, 8, (4, 2), 4)), "stem", "[0] has a kernel of 4 x 2"),
     "three": (
         lambda m: m.stem.append(nn.GELU()),
         "stem",
@@ -339,6 +339,15 @@ def test_wrapped_since_then() -> None:
     parametrize.remove_parametrizations(first, "gamma")
     report.undo()
     assert type(first) is ConvNeXtBlock
+
+
+def test_a_norm_in_the_other_layout() -> None:
+    module = block()
+    module.norm = LayerNorm2d(WIDTH)
+    assert apply_mra_kernels(module).left == {"": {CONV: "norm takes maps channels first"}}
+    model = ConvNeXt()
+    model.stem[1] = nn.LayerNorm(8)
+    assert apply_mra_kernels(model).left == {"stem": {"patch_conv_norm": "[1] takes maps channels last"}}
 
 
 def test_drop_path_of_another_kind() -> None:

@@ -55,8 +55,8 @@ class Pair:
         return holder._modules
 
     def named(self, name: str) -> str:
-        """One of them, for readers."""
-        return name if self.held is None else f"{self.held}.{name}"
+        """One of them, for readers: by its name, or its place in a list."""
+        return (self.held or "") + (f"[{name}]" if name.isdigit() else name)
 
 
 class Stem(Fused):
