@@ -257,6 +257,38 @@ def test_export() -> None:
     assert_near([program.module()(pixels())], [model(pixels())])
 
 
+def test_func_transforms(calls: list[str]) -> None:
+    """Gradients of each picture by torch.func, which the ops do not take: the modules' own forwards do."""
+    model = make()
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    per_picture = torch.func.vmap(torch.func.grad(loss), (None, 0))
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    expected = per_picture(parameters, pixels())
+    apply_mra_kernels(model)
+    actual = per_picture(parameters, pixels())
+    assert calls == []
+    assert_near(list(actual.values()), list(expected.values()))
+
+
+def test_fx_sees_the_modules_own_forwards() -> None:
+    model = make()
+    expected = model(pixels())
+    apply_mra_kernels(model)
+    graph = torch.fx.symbolic_trace(model)
+    assert "stages.1.blocks.0.conv_dw" in {node.target for node in graph.graph.nodes}
+    assert_near([graph(pixels())], [expected])
+
+
+def test_in_place_changes_of_results() -> None:
+    model = make()
+    expected = run(nn.Sequential(model, nn.ReLU()), pixels())
+    apply_mra_kernels(model)
+    assert_near(run(nn.Sequential(model, nn.ReLU(inplace=True)), pixels()), expected)
+
+
 def test_recomputed_in_backward() -> None:
     model = make()
     expected = run(model, pixels())

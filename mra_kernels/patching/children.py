@@ -136,9 +136,11 @@ def fits(x: Tensor, tensors: Sequence[Tensor | None], autocast: bool) -> bool:
     return autocast or all(tensor.dtype == dtype for tensor in tensors)  # type: ignore[union-attr]
 
 
-def is_watched() -> bool:
-    """Whether hooks are registered for all modules, which must see each child's call."""
-    return _has_any_global_hook()
+def is_watched(x: Tensor) -> bool:
+    """Whether children must be called: for hooks of all modules, for torch.fx, or for torch.func, which no op takes."""
+    if _has_any_global_hook() or not isinstance(x, Tensor):
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_autocast(x: Tensor) -> bool:

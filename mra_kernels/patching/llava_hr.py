@@ -57,7 +57,7 @@ class Adapter(Fused):
 
     def forward(self: Any, fast_feat: Tensor, slow_feat: Tensor) -> Tensor:
         """fast_feat: [B, L, C_l], slow_feat: [B, C_h, H', W'] -> [B, L, C_l]."""
-        grids = None if is_watched() or is_autocast(fast_feat) else _grids(fast_feat, slow_feat)
+        grids = None if is_watched(fast_feat) or is_autocast(fast_feat) else _grids(fast_feat, slow_feat)
         if grids is None or why_not_adapter(self) is not None:
             return super().forward(fast_feat, slow_feat)  # type: ignore[misc]
         children = {name: _child(self, path) for name, path in _ADAPTER.items()}
@@ -86,7 +86,7 @@ class Merge(Fused):
 
     def forward(self: Any, fast_feat: Tensor, slow_feat: Tensor) -> Tensor:
         """fast_feat: [B, L, C_l], slow_feat: [B, C_h, H', W'] or [B, L', C_h] -> [B, L, C_l]."""
-        grids = None if is_watched() or is_autocast(fast_feat) else _grids(fast_feat, slow_feat)
+        grids = None if is_watched(fast_feat) or is_autocast(fast_feat) else _grids(fast_feat, slow_feat)
         if grids is None or why_not_merge(self) is not None:
             return super().forward(fast_feat, slow_feat)  # type: ignore[misc]
         low, high = self._modules["fast_proj"], self._modules["slow_proj"]

@@ -76,7 +76,7 @@ class Stem(Fused):
     def forward(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
         """x: [B, P, S1, S2] -> [B, C, S1 // k, S2 // k]."""
         # Autocast leaves the norm's result in float32.
-        if is_watched() or is_autocast(x) or why_not_stem(self, self.detail) is not None:
+        if is_watched(x) or is_autocast(x) or why_not_stem(self, self.detail) is not None:
             return super().forward(x, **kwargs)  # type: ignore[misc]
         conv, norm = self.detail.children(self)
         tensors = conv.weight, conv.bias, norm.weight, norm.bias
@@ -103,7 +103,7 @@ class Downsample(Fused):
 
     def forward(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
         """x: [B, C, H, W] -> [B, N, H // 2, W // 2]."""
-        if is_watched() or why_not_downsample(self, self.detail) is not None:
+        if is_watched(x) or why_not_downsample(self, self.detail) is not None:
             return super().forward(x, **kwargs)  # type: ignore[misc]
         norm, conv = self.detail.children(self)
         weight = conv.weight
