@@ -38,10 +38,15 @@ Commit = Annotated[str | None, typer.Option(help="Commit of a copy that has no r
 Tree = Annotated[str | None, typer.Option(help="Its tree; goes with --commit.")]
 Dirty = Annotated[bool, typer.Option("--dirty", help="The copy differs from --commit.")]
 
+Model = Annotated[
+    str | None,
+    typer.Option(metavar="hf:NAME|timm:NAME", help="This ConvNeXt, random weights, eager and by apply_mra_kernels."),
+]
+
 
 @dataclass(frozen=True)
 class Options:
-    """What every measuring command takes besides its device."""
+    """What every measuring command takes besides its device; only `vision` takes a model."""
 
     minutes: float | None
     out: Path | None
@@ -52,6 +57,7 @@ class Options:
     commit: str | None
     tree: str | None
     dirty: bool
+    model: str | None = None
 
 
 def _measuring(name: str, help: str) -> None:
@@ -77,11 +83,28 @@ def _measuring(name: str, help: str) -> None:
 _measuring(
     "kernels", "Every op beside eager, torch.compile and the library, and the ceilings that they are held against."
 )
-_measuring("vision", "The vision tower: forward and training step, eager, fused and compiled.")
 _measuring("e2e", "Whole answers of LLaVA-HR and LLaVA-1.5: the paper's table.")
 _measuring("train", "A training step of stage 1 and stage 2.")
 _measuring("profile", "The slowest kernels of eager and fused, and traces for Perfetto.")
 _measuring("all", "Everything, most important first.")
+
+
+@app.command()
+def vision(
+    model: Model = None,
+    device: Device = DeviceName.auto,
+    minutes: Minutes = None,
+    out: Out = None,
+    only: Only = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    scratch: Scratch = False,
+    commit: Commit = None,
+    tree: Tree = None,
+    dirty: Dirty = False,
+) -> None:
+    """The vision tower: forward and training step, eager, fused and compiled; or with --model a ConvNeXt of others."""
+    _run("vision", device, Options(minutes, out, only, force, dry_run, scratch, commit, tree, dirty, model))
 
 
 @app.command()
@@ -151,14 +174,14 @@ def _rehearse(name: str, device: DeviceName, options: Options) -> bool:
 
     # The steps for a GPU can be rehearsed without one.
     kind = session.choose_device("auto").type if device == DeviceName.auto else device.value
-    return session.rehearse(plan.select(name, kind, options.only or ()), kind, typer.echo)
+    return session.rehearse(plan.select(name, kind, options.only or (), options.model), kind, typer.echo)
 
 
 def _measure(name: str, device: DeviceName, options: Options) -> bool:
     from bench import session
 
     chosen = session.choose_device(device.value)
-    steps = plan.select(name, chosen.type, options.only or ())
+    steps = plan.select(name, chosen.type, options.only or (), options.model)
     if options.scratch:
         return session.try_out(steps, chosen, minutes=options.minutes, say=typer.echo)
     return session.measure(

@@ -57,6 +57,16 @@ _SIDES = {
     "LLaVA-1.5": {1022: 250.0, 336: 30.0, 448: 45.0, 672: 100.0},
 }
 
+# ConvNeXts of transformers for `--model hf:NAME`, widths and depths; the sides that they are measured at.
+BACKBONES = {
+    "convnext_tiny": ((96, 192, 384, 768), (3, 3, 9, 3)),
+    "convnext_small": ((96, 192, 384, 768), (3, 3, 27, 3)),
+    "convnext_base": ((128, 256, 512, 1024), (3, 3, 27, 3)),
+    "convnext_large": ((192, 384, 768, 1536), (3, 3, 27, 3)),
+    "convnext_xlarge": ((256, 512, 1024, 2048), (3, 3, 27, 3)),
+}
+BACKBONE_SIDES = (224, 384, 512, 768, 1024)
+
 
 class NoSuchStep(ValueError):
     """No step has this name; the message lists those that there are."""
@@ -70,18 +80,20 @@ def call(suite: str, function: str, arguments: dict[str, Any], run: Run) -> None
     getattr(import_module(f"bench.suites.{suite}"), function)(run, **arguments)
 
 
-def select(command: str, device_type: str, only: Sequence[str] = ()) -> list[Step]:
+def select(command: str, device_type: str, only: Sequence[str] = (), model: str | None = None) -> list[Step]:
     """The steps of a command on a device, most important first.
 
     Args:
         command: a key of `SUITES`, or `all` or `gpu` for everything.
         device_type: `cpu` or `cuda`.
         only: globs of names; empty for all.
+        model: measures this one in place of the command's; `hf:` and a key of `BACKBONES`, or `timm:` and timm's name.
 
     Raises:
-        NoSuchStep: a glob matches none.
+        NoSuchStep: a glob matches none, or there is no such model.
     """
-    here = [step for step in STEPS if device_type in step.seconds and step.name.split("/")[0] in _rooms(command)]
+    steps = STEPS if model is None else backbone(model)
+    here = [step for step in steps if device_type in step.seconds and step.name.split("/")[0] in _rooms(command)]
     for glob in only:
         if not any(fnmatchcase(step.name, glob) for step in here):
             names = ", ".join(step.name for step in here)
@@ -149,6 +161,24 @@ def _vision(what: str, batch: int) -> Step:
         seconds["cpu"] = cpu
     run = _in("vision", function, batch=batch, **arguments)
     return Step(f"vision/{what}/b{batch}", f"the tower's {about}, B={batch}", seconds, run)
+
+
+def backbone(model: str) -> list[Step]:
+    """The steps of one ConvNeXt of transformers or timm, for `select`."""
+    family, _, name = model.partition(":")
+    if not name or family not in ("hf", "timm") or (family == "hf" and name not in BACKBONES):
+        known = ", ".join(f"hf:{each}" for each in BACKBONES)
+        raise NoSuchStep(f"no model is called {model}; there are {known}, and timm:NAME for every ConvNeXt of timm")
+    dims, depths = BACKBONES.get(name, BACKBONES["convnext_large"])
+    steps = []
+    for direction, factor in (("forward", 1.0), ("training", 3.0)):
+        for side in BACKBONE_SIDES:
+            flops = factor * side**2 * sum(d * w**2 / 4**i for i, (w, d) in enumerate(zip(dims, depths, strict=True)))
+            seconds = {"cuda": 60.0, "cpu": 10 + 3e-9 * flops}
+            about = f"{model}, {direction} at {side}, eager, channels last and by apply_mra_kernels"
+            run = _in("backbones", f"run_{direction}", model=model, side=side)
+            steps.append(Step(f"vision/{model}/{direction}/{side}", about, seconds, run))
+    return steps
 
 
 def _launches() -> Step:

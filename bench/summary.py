@@ -94,8 +94,13 @@ def _gain(result: dict[str, Any], baseline: dict[str, Any]) -> str:
 
 
 def _rate(result: dict[str, Any]) -> str:
-    """TB/s and TFLOP/s in the first condition, from the least bytes and operations that the case allows."""
+    """TB/s and TFLOP/s in the first condition, from the least bytes and operations that the case allows.
+
+    Of a backbone, images/s.
+    """
     seconds = next(iter(result["times"].values()))["median"] * 1e-6
+    if result["labels"].get("suite") == "backbones":
+        return f"{result['labels']['batch'] / seconds:.3g} images/s"
     rates = ((result["bytes"], "TB/s"), (result["flops"], "TFLOP/s"))
     return ", ".join(f"{amount / seconds / 1e12:.3g} {unit}" for amount, unit in rates if amount)
 

@@ -1,7 +1,8 @@
 """Fused kernels for mixture-of-resolution vision-language models.
 
 The eleven ops of `mra_kernels.ops` are plain functions over channels-last tensors; `mra_kernels.modules` binds them to
-parameters. `build_info()` works without torch, so that a wheel can be inspected where torch is not installed.
+parameters, and `apply_mra_kernels` puts them into models that others made. `build_info()` works without torch, so that
+a wheel can be inspected where torch is not installed.
 """
 
 from importlib import import_module
@@ -25,6 +26,7 @@ if TYPE_CHECKING or find_spec("torch") is not None:
         patch_conv_norm,
         project_mean,
     )
+    from mra_kernels.patching import apply_mra_kernels
 else:
 
     def __getattr__(name: str) -> Any:
@@ -46,6 +48,7 @@ __all__ = [
     "BackendUnavailable",
     "adapter_gate",
     "add_norm",
+    "apply_mra_kernels",
     "backend_report",
     "build_info",
     "depthwise_conv_gelu",

@@ -4,7 +4,7 @@ Maps are channels last, [B, H, W, C]. Modules hold bare parameters rather than n
 tools which replace such children do not empty the weights that a fused op reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -166,6 +166,13 @@ class ConvNeXt(nn.Module):
         return x
 
 
+ADAPTER_PARAMETERS = tuple(
+    f"{part}_{kind}"
+    for part in ("low_conv", "low_proj", "high_conv", "high_proj", "gate_up", "gate_down")
+    for kind in ("weight", "bias")
+)
+
+
 class MRAdapter(nn.Module):
     """MR-Adapter (arXiv 2403.03003, equations 3 to 5): adds the gated high-resolution map to the low-resolution one.
 
@@ -208,38 +215,7 @@ class MRAdapter(nn.Module):
         computed together: GELU(Conv1x1(high)), [B, H', W', C_h], and its mean weighted by `resample_mean_weights`,
         [B, C_h] in float32. The reference computes it itself.
         """
-        check_grids("MRAdapter", low, high)
-        if is_reference():
-            return reference.mr_adapter(low, high, dict(self.named_parameters()))
-        height, width = low.shape[1:3]
-        smaller = high.shape[1] < height or high.shape[2] < width
-        if hidden is None:
-            weights = resample_mean_weights(high.shape[1:3], (height, width), low.new_empty(0, dtype=_wide(low)))
-            hidden = linear_gelu(high, self.high_conv_weight, self.high_conv_bias, weights)
-        high_hidden, high_mean = hidden
-        low_hidden, hidden_mean, low_mean = depthwise_conv_gelu(low, self.low_conv_weight, self.low_conv_bias)
-        gate = adapter_gate(
-            project_mean(hidden_mean, self.low_proj_weight, self.low_proj_bias, low_mean),
-            project_mean(high_mean, self.high_proj_weight, self.high_proj_bias),
-            self.gate_up_weight,
-            self.gate_up_bias,
-            self.gate_down_weight,
-            self.gate_down_bias,
-        )
-        if smaller:
-            high = F.linear(high_hidden, self.high_proj_weight, self.high_proj_bias)
-            low = linear_scale_residual(low_hidden, self.low_proj_weight, self.low_proj_bias, None, low)
-            return gated_resample_add(low, high, gate)
-        return gated_projection_add(
-            low,
-            low_hidden,
-            self.low_proj_weight,
-            self.low_proj_bias,
-            reference.resample(high_hidden, height, width),
-            self.high_proj_weight,
-            self.high_proj_bias,
-            gate,
-        )
+        return mr_adapter(low, high, {name: getattr(self, name) for name in ADAPTER_PARAMETERS}, hidden)
 
 
 class Merge(nn.Module):
@@ -262,18 +238,64 @@ class Merge(nn.Module):
 
     def forward(self, low: Tensor, high: Tensor) -> Tensor:
         """low: [B, H, W, C_l], high: [B, H', W', C_h] -> [B, H, W, C_l]."""
-        check_grids("Merge", low, high)
-        if is_reference():
-            return reference.merge(low, high, self.low_weight, self.low_bias, self.high_weight, self.high_bias)
-        height, width = low.shape[1:3]
-        if high.shape[1] > height or high.shape[2] > width:
-            high = reference.resample(high, height, width)
-        # One GEMM writes the sum, the other adds to it, or its output is resampled into it.
-        y = F.linear(low, self.low_weight, self.low_bias)
-        if high.shape[1:3] == low.shape[1:3]:
-            return linear_scale_residual(high, self.high_weight, self.high_bias, None, y)
-        high = F.linear(high, self.high_weight, self.high_bias)
-        return gated_resample_add(y, high, torch.ones(low.shape[0], dtype=_wide(low), device=low.device))
+        return merge(low, high, self.low_weight, self.low_bias, self.high_weight, self.high_bias)
+
+
+def mr_adapter(
+    low: Tensor, high: Tensor, parameters: Mapping[str, Tensor], hidden: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """`MRAdapter` as a function, on parameters by their names there."""
+    check_grids("MRAdapter", low, high)
+    if is_reference():
+        return reference.mr_adapter(low, high, dict(parameters))
+    p = parameters
+    height, width = low.shape[1:3]
+    smaller = high.shape[1] < height or high.shape[2] < width
+    if hidden is None:
+        weights = resample_mean_weights(high.shape[1:3], (height, width), low.new_empty(0, dtype=_wide(low)))
+        hidden = linear_gelu(high, p["high_conv_weight"], p["high_conv_bias"], weights)
+    high_hidden, high_mean = hidden
+    low_hidden, hidden_mean, low_mean = depthwise_conv_gelu(low, p["low_conv_weight"], p["low_conv_bias"])
+    gate = adapter_gate(
+        project_mean(hidden_mean, p["low_proj_weight"], p["low_proj_bias"], low_mean),
+        project_mean(high_mean, p["high_proj_weight"], p["high_proj_bias"]),
+        p["gate_up_weight"],
+        p["gate_up_bias"],
+        p["gate_down_weight"],
+        p["gate_down_bias"],
+    )
+    if smaller:
+        high = F.linear(high_hidden, p["high_proj_weight"], p["high_proj_bias"])
+        low = linear_scale_residual(low_hidden, p["low_proj_weight"], p["low_proj_bias"], None, low)
+        return gated_resample_add(low, high, gate)
+    return gated_projection_add(
+        low,
+        low_hidden,
+        p["low_proj_weight"],
+        p["low_proj_bias"],
+        reference.resample(high_hidden, height, width),
+        p["high_proj_weight"],
+        p["high_proj_bias"],
+        gate,
+    )
+
+
+def merge(
+    low: Tensor, high: Tensor, low_weight: Tensor, low_bias: Tensor, high_weight: Tensor, high_bias: Tensor
+) -> Tensor:
+    """`Merge` as a function."""
+    check_grids("Merge", low, high)
+    if is_reference():
+        return reference.merge(low, high, low_weight, low_bias, high_weight, high_bias)
+    height, width = low.shape[1:3]
+    if high.shape[1] > height or high.shape[2] > width:
+        high = reference.resample(high, height, width)
+    # One GEMM writes the sum, the other adds to it, or its output is resampled into it.
+    y = F.linear(low, low_weight, low_bias)
+    if high.shape[1:3] == low.shape[1:3]:
+        return linear_scale_residual(high, high_weight, high_bias, None, y)
+    high = F.linear(high, high_weight, high_bias)
+    return gated_resample_add(y, high, torch.ones(low.shape[0], dtype=_wide(low), device=low.device))
 
 
 def resample_mean_weights(source: Sequence[int], target: Sequence[int], like: Tensor) -> Tensor:
