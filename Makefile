@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test interpret install properties check clean
+.PHONY: demo test interpret docs install properties check clean
 
 demo: install
 	$(BIN)/mra compare
@@ -27,6 +27,10 @@ interpret: install
 properties: install
 	PROPERTY_EXAMPLES=1000 $(BIN)/python -m pytest tests/test_properties.py
 
+# The documentation, into site/; warnings are errors.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # What CI checks besides the tests: format, lint, types.
 check: install
 	$(BIN)/ruff format --check .
@@ -39,7 +43,7 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,bench,dev,docs]'
 	touch $@
 
 clean:

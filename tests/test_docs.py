@@ -34,7 +34,7 @@ TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench/REA
 APPS = {"mra": cli.app, "python -m bench": benches.app}
 
 # The hosts that a page may link to. No package registry is among them, and none needs to be.
-HOSTS = {"arxiv.org", "ui.perfetto.dev"}
+HOSTS = {"arxiv.org", "localhost:8000", "ui.perfetto.dev"}
 
 _FENCE = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`\n]+)`")
