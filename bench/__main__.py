@@ -145,6 +145,37 @@ def report(
 
 
 @app.command()
+def aot(
+    arch: Annotated[list[int] | None, typer.Option(help="80, 90 or 100; may be given again; without it all.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Ops, and CUDA C++ kernels, of this name.")
+    ] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Triton's kernels in bfloat16, one shape an op.")] = False,
+    write: Annotated[Path | None, typer.Option(help="Write a page of tables to this file.")] = None,
+) -> None:
+    """Compiles every kernel without a GPU: registers, stack, shared memory, instructions. Ends with 1 on a spill."""
+    from bench import aot as ahead
+    from bench import aot_tables
+    from bench.cubin import NoTools
+
+    archs = arch or ahead.ARCHS
+    if unknown := set(archs) - set(ahead.ARCHS):
+        _fail("aot", ValueError(f"--arch {min(unknown)} is none of {', '.join(map(str, ahead.ARCHS))}"))
+    try:
+        rows = ahead.triton_rows(archs, only or (), sample, typer.echo) + ahead.cuda_rows(archs, only or (), typer.echo)
+    except NoTools as error:
+        _fail("aot", error)
+    typer.echo(aot_tables.figures(rows))
+    if write is not None:
+        aot_tables.write(rows, write)
+    spilled = [row for row in rows if row.spills and row.excuse is None]
+    for row in spilled:
+        typer.echo(f"spill: {row.language} {row.kernel} ({row.configuration}) on sm_{row.arch}", err=True)
+    if spilled or not rows:
+        raise typer.Exit(1)
+
+
+@app.command()
 def stamp() -> None:
     """Prints the options that tell the other commands which commit a copy of this repository is."""
     try:

@@ -52,14 +52,14 @@ class Device:
     large_shared_memory: bool
 
 
-# What kernels are compiled for where there is no GPU.
-_H200 = Device(132, True, True)
+# What kernels are made for where there is no GPU, in the interpreter or ahead of time: an H200.
+WITHOUT_GPU = Device(132, True, True)
 
 
 def _device_of(tensor: Tensor) -> Device:
-    """The GPU of a tensor; an H200 for tensors on none, which are interpreted or compiled ahead of time."""
+    """The GPU of a tensor; `WITHOUT_GPU` for tensors on none."""
     if not tensor.is_cuda:
-        return _H200
+        return WITHOUT_GPU
     properties = torch.cuda.get_device_properties(tensor.device)
     return Device(properties.multi_processor_count, properties.major >= 9, properties.major in (9, 10))
 
