@@ -1,15 +1,14 @@
 """Maps of more than 2^31 elements under Triton's interpreter: the last picture comes out right.
 
-Pages that nobody touches cost nothing, so all pictures but the last are untouched zeros, of every launch only the last
-program runs, and the library's products compute the last picture's rows alone.
+Of every launch only the last program runs, and the library's products compute the last picture's rows alone.
 """
 
 import os
 
 import pytest
 import torch
+from large_maps import batch_of, end, last_of, multiply_last_rows
 from op_calls import DATA, Inputs, Outputs, call, differentiable, make_grad_outputs, solve, solve_exactly
-from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 runs these", allow_module_level=True)
@@ -34,24 +33,6 @@ PICTURES: dict[str, tuple] = {
     "patch_conv_norm": (1, 3, 16, 16, 64),
 }
 FUSED = ("gated_projection_add", "linear_gelu", "linear_scale_residual")
-# What the last program writes is at the end of a tensor.
-END = 16
-
-
-def multiply_last_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's products of a tall matrix compute its last rows alone, and leave the others untouched."""
-    addmm, matmul = torch.addmm, Tensor.__matmul__
-
-    def multiply(left: Tensor, right: Tensor, base: Tensor | None = None) -> Tensor:
-        if left.shape[0] <= rows:
-            return matmul(left, right) if base is None else addmm(base, left, right)
-        result = left.new_empty(left.shape[0], right.shape[1])
-        last = base[-rows:] if base is not None and base.dim() > 1 else base
-        result[-rows:] = multiply(left[-rows:], right, last)
-        return result
-
-    monkeypatch.setattr(Tensor, "__matmul__", multiply)
-    monkeypatch.setattr(torch, "addmm", lambda base, left, right: multiply(left, right, base))
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +58,9 @@ def test_the_last_picture(case: str, fused: bool, monkeypatch: pytest.MonkeyPatc
     wanted = [n for n in differentiable(op, one) if n in DATA and n != "pixels"]
     exact = solve_exactly(op, one, tuple(grads), wanted)
 
-    batch = 2**31 // max(t.numel() for t in (*grads, *(one[n] for n in one if n in DATA))) + 2
-    many = {n: _last_of(batch, v) if n in (*DATA, "gate") else v for n, v in one.items()}
-    many_grads = tuple(_last_of(batch, grads[i]) for i in maps)
+    batch = batch_of(one, tuple(grads))
+    many = {n: last_of(batch, v) if n in (*DATA, "gate") else v for n, v in one.items()}
+    many_grads = tuple(last_of(batch, grads[i]) for i in maps)
 
     def large_maps(inputs: Inputs) -> Outputs:
         outputs = call(op, "triton", inputs)
@@ -91,15 +72,4 @@ def test_the_last_picture(case: str, fused: bool, monkeypatch: pytest.MonkeyPatc
     pairs = {f"output {i}": (large, exact.outputs[i]) for i, large in zip(maps, actual.outputs, strict=True)}
     pairs |= {f"gradient of {n}": (actual.grads[n], exact.grads[n]) for n in wanted}
     for name, (large, small) in pairs.items():
-        assert relative_error(_end(large), _end(small)) < 5e-3, name
-
-
-def _last_of(batch: int, picture: Tensor) -> Tensor:
-    """picture: [1, ...] -> [batch, ...], zeros before it."""
-    pictures = picture.new_empty(batch, *picture.shape[1:])
-    pictures[-1] = picture[0]
-    return pictures
-
-
-def _end(x: Tensor) -> Tensor:
-    return x.detach()[-1].flatten()[-END:]
+        assert relative_error(end(large), end(small)) < 5e-3, name

@@ -1,0 +1,64 @@
+"""Maps of more than 2^31 elements on the CUDA simulator: the last picture comes out right.
+
+Of every launch only the last blocks run, and the library's products compute the last picture's rows alone.
+"""
+
+import pytest
+import torch
+from large_maps import batch_of, end, last_of, multiply_last_rows
+from op_calls import DATA, Inputs, Outputs, call, differentiable, make_grad_outputs, solve, solve_exactly, threads
+from simulated_ops import simulated
+from torch import Tensor
+
+from mra_kernels.native import linear_gelu, linear_scale_residual
+from mra_kernels.testing import make_inputs, relative_error
+
+# Sizes of one picture, such that the last block of every kernel has all that the last one of the next kernel reads.
+PICTURES: dict[str, tuple] = {
+    "depthwise_conv_gelu": (1, 4, 4, 64),
+    "depthwise_conv_norm": (1, 4, 4, 64),
+    "gated_resample_add bilinear": (1, 8, 16, 4, 8, 64),
+    "gated_resample_add pooled": (1, 4, 8, 16, 32, 64),
+    "gated_resample_add same": (1, 8, 16, 8, 16, 64),
+    "linear_gelu": ((1, 64), 16, 128),
+    "linear_scale_residual": ((1, 64), 16, 128),
+    "norm_patchify": (1, 16, 16, 64),
+    "patch_conv_norm": (1, 3, 16, 16, 64),
+}
+# Where blocks stride over rows or tiles, the last one gets the last of a multiple of their number: the most that a grid
+# has along y, or the stem's, of which one is enough, for they are long.
+ROWS, STEM = 65535, 264
+
+
+@pytest.mark.parametrize("case", PICTURES)
+def test_the_last_picture(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, *_ = case.split()
+    one = make_inputs(op, *PICTURES[case], dtype=torch.float16)
+    # Means over a picture are no maps, and get no gradient.
+    grads = [g if g.dim() > 2 else torch.zeros_like(g) for g in make_grad_outputs(op, one)]
+    maps = [i for i, g in enumerate(grads) if g.dim() > 2]
+    wanted = [n for n in differentiable(op, one) if n in DATA and n != "pixels"]
+    exact = solve_exactly(op, one, tuple(grads), wanted)
+
+    multiple, blocks = (STEM, 1) if op == "patch_conv_norm" else (ROWS, 8)
+    batch = -(-batch_of(one, tuple(grads)) // multiple) * multiple
+    many = {n: last_of(batch, v) if n in (*DATA, "gate") else v for n, v in one.items()}
+    many_grads = tuple(last_of(batch, grads[i]) for i in maps)
+
+    def large_maps(inputs: Inputs) -> Outputs:
+        outputs = call(op, "native", inputs)
+        return tuple(outputs[i] for i in maps)
+
+    multiply_last_rows(grads[maps[0]][0, ..., 0].numel(), monkeypatch)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+        return torch.addmm(bias, x.reshape(-1, weight.shape[1]), weight.mT).view(*x.shape[:-1], -1)
+
+    for module in (linear_gelu, linear_scale_residual):
+        monkeypatch.setattr(module, "linear", linear)
+    with simulated(last_blocks=blocks), threads(1):
+        actual = solve(large_maps, many, many_grads, wanted)
+    pairs = {f"output {i}": (large, exact.outputs[i]) for i, large in zip(maps, actual.outputs, strict=True)}
+    pairs |= {f"gradient of {n}": (actual.grads[n], exact.grads[n]) for n in wanted}
+    for name, (large, small) in pairs.items():
+        assert relative_error(end(large), end(small)) < 5e-3, name
