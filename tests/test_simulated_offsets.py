@@ -3,15 +3,20 @@
 Of every launch only the last blocks run, and the library's products compute the last picture's rows alone.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
+from cuda_simulator import build, run_python
 from large_maps import batch_of, end, last_of, multiply_last_rows
 from op_calls import DATA, Inputs, Outputs, call, differentiable, make_grad_outputs, solve, solve_exactly, threads
-from simulated_ops import simulated
+from simulated_ops import FOLDER, program, simulated
 from torch import Tensor
 
 from mra_kernels.native import linear_gelu, linear_scale_residual
 from mra_kernels.testing import make_inputs, relative_error
+
+TESTS = Path(__file__).parent
 
 # Sizes of one picture, such that the last block of every kernel has all that the last one of the next kernel reads.
 PICTURES: dict[str, tuple] = {
@@ -25,6 +30,13 @@ PICTURES: dict[str, tuple] = {
     "norm_patchify": (1, 16, 16, 64),
     "patch_conv_norm": (1, 3, 16, 16, 64),
 }
+# An offset in 32 bits, as a kernel would have it by mistake.
+OVERFLOW = {
+    "cuda/gated_resample_add.cuh": [
+        ("const int64_t offset = (static_cast<int64_t>(row) * width", "const int64_t offset = (row * width")
+    ]
+}
+
 # Where blocks stride over rows or tiles, the last one gets the last of a multiple of their number: the most that a grid
 # has along y, or the stem's, of which one is enough, for they are long.
 ROWS, STEM = 65535, 264
@@ -62,3 +74,19 @@ def test_the_last_picture(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs |= {f"gradient of {n}": (actual.grads[n], exact.grads[n]) for n in wanted}
     for name, (large, small) in pairs.items():
         assert relative_error(end(large), end(small)) < 5e-3, name
+
+
+def test_an_overflow_is_found() -> None:
+    """In a child process, which it ends."""
+    library = build(program(OVERFLOW), "plain", FOLDER)
+    code = f"""
+import pytest, simulated_ops
+extension = simulated_ops.Extension(__import__("pathlib").Path({str(library)!r}))
+simulated_ops.extension = lambda: extension
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", {__file__!r}, "-k", "same"]))
+"""
+    found = run_python("plain", ["-c", code], [TESTS])
+    assert found.returncode != 0
+    assert "1 passed" not in found.stdout
+    sound = run_python("plain", ["-c", code.replace(str(library), str(build(program(), "plain", FOLDER)))], [TESTS])
+    assert sound.returncode == 0, sound.stdout
