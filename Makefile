@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test interpret docs install properties check clean
+.PHONY: demo test interpret mutants docs install properties check clean
 
 demo: install
 	$(BIN)/mra compare
@@ -26,6 +26,10 @@ interpret: install
 # 1,000 random shapes for each op; the tests draw 100.
 properties: install
 	PROPERTY_EXAMPLES=1000 $(BIN)/python -m pytest tests/test_properties.py
+
+# Small changes of the CUDA sources, one after the other, each of which the simulator's cases must notice; an hour.
+mutants: install
+	PYTHONPATH=. $(BIN)/python tests/mutants.py
 
 # The documentation, into site/; warnings are errors.
 docs: install
