@@ -64,6 +64,8 @@ SHAPES: dict[str, list[tuple]] = {
         (1, 24, 24, 24, 24, 1024),
         (1, 8, 8, 16, 16, 1024),
         (1, 32, 32, 16, 16, 1024),
+        # More rows than a block has threads.
+        (2, 300, 1, 300, 1, 8),
     ],
     # leading sizes, inputs, outputs, whether a mean is asked for
     "linear_gelu": [
@@ -76,6 +78,8 @@ SHAPES: dict[str, list[tuple]] = {
         ((1, 8, 8), 32, 768),
         ((1, 6, 7), 16, 3072),
         ((2, 24, 24), 8, 512, True),
+        # More rows than a thread of each block takes at once.
+        ((1, 4500), 4, 8, True),
     ],
     # leading sizes, inputs, outputs, whether there is a scale
     "linear_scale_residual": [
@@ -88,6 +92,7 @@ SHAPES: dict[str, list[tuple]] = {
         ((1, 8, 8), 32, 192),
         ((1, 6, 7), 16, 1536),
         ((1, 3, 5), 16, 3072),
+        ((4500,), 4, 8),
     ],
     # batch, height, width, channels
     "norm_patchify": [
