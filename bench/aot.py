@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ class Row:
         kernel, configuration: its name, and its compile-time arguments.
         arch: compute capability without its dot.
         warps: of a block; 0 where the launch decides.
-        shared: bytes of a block.
+        shared: bytes of a block, but for those that a launch of a CUDA C++ kernel adds.
         figures: see `cubin.Figures`.
     """
 
@@ -73,6 +74,13 @@ class Row:
         return bool(self.figures.stack or self.figures.spills)
 
     @property
+    def useful(self) -> float | None:
+        """Of the multiply-adds in the loop, the share that the sums of a depthwise convolution need; None elsewhere."""
+        numbers = [int(number) for number in re.findall(r"\b\d+\b", self.configuration)]
+        taps = _LOOP_TAPS.get(self.kernel)
+        return taps(self, numbers) / self.figures.loop.multiply_adds if taps else _MMA_USEFUL.get(self.kernel)
+
+    @property
     def warps_per_multiprocessor(self) -> int | None:
         """Warps that registers, shared memory and the number of blocks let run at once."""
         if not self.warps:
@@ -81,6 +89,20 @@ class Row:
         limit = {80: 164, 90: 228, 100: 228}[self.arch] * 1024
         blocks = min(registers, limit // (self.shared + 1024), 64 // self.warps, 32)
         return blocks * self.warps
+
+
+# What a thread's loop adds to the sums of a depthwise 7x7 convolution, from the tile that the configuration names.
+_LOOP_TAPS: dict[str, Callable[[Row, list[int]], int]] = {
+    # Triton: rows, columns and channels; seven taps at a time for a map, all 49 for their gradient.
+    "_convolve": lambda row, tile: 7 * prod(tile[:3]) // (32 * row.warps),
+    "_parameter_gradients": lambda row, tile: 49 * prod(tile[:3]) // (32 * row.warps),
+    # CUDA C++: one row of 8 pixels, and seven rows of some pixels of two channels, whose bias is a sum, too.
+    "depthwise_conv7_kernel": lambda row, tile: 49 * 8,
+    "depthwise_conv_gelu_kernel": lambda row, tile: 49 * 8,
+    "depthwise_weight_gradient_kernel": lambda row, tile: 7 * tile[1] * 50 * 2,
+}
+# On tensor cores, 8 rows, 16 columns and 32 channels, each for 50 sums, of 8 warps' 32 products of 16 x 8 x 16.
+_MMA_USEFUL = {"depthwise_weight_gradient_mma_kernel": 8 * 16 * 32 * 50 / (8 * 32 * 2048)}
 
 
 class Spill(RuntimeError):
@@ -148,7 +170,8 @@ def cuda_rows(archs: Sequence[int], only: Sequence[str], say: Callable[[str], No
                 kernel, arguments = _split(readable)
                 if _matches(kernel, only):
                     figures = found[name]
-                    rows.append(Row("CUDA C++", "", kernel, arguments, int(match[1]), 0, figures.shared, figures))
+                    warps = figures.threads // 32
+                    rows.append(Row("CUDA C++", "", kernel, arguments, int(match[1]), warps, figures.shared, figures))
     return rows
 
 

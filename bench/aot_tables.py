@@ -11,8 +11,10 @@ What the compilers made of every kernel, read from the binaries; no GPU was aske
 `python -m bench aot --write docs/kernel-figures.md`.
 
 "Stack" are bytes of a thread in local memory, where spilled registers go. "Warps" are those that registers and shared
-memory let run on a multiprocessor, of 64. "FMA" and "MMA" are the shares of multiply-adds on CUDA cores and of products
-on tensor cores among the instructions of the innermost loop.
+memory let run on a multiprocessor, of 64; a launch of a CUDA C++ kernel may ask for more shared memory than is counted
+here. "FMA" and "MMA" are the shares of multiply-adds on CUDA cores and of products on tensor cores among the
+instructions of the innermost loop. "Useful" is the share of its multiply-adds that the sums of a depthwise convolution
+need; the others are of GELU, of addresses, or waste.
 """
 
 
@@ -34,10 +36,11 @@ def figures(rows: Sequence[Row]) -> str:
                 "" if warps is None else str(warps),
                 _share(loop.fmas, loop.instructions),
                 _share(loop.mmas, loop.instructions),
+                "" if row.useful is None else f"{100 * row.useful:.0f}%",
             ]
         )
-    titles = ["kernel", "configuration", "of", "GPU", "registers", "stack", "shared", "warps", "FMA", "MMA"]
-    return _table(titles, lines, numbers=6)
+    titles = ["kernel", "configuration", "of", "GPU", "registers", "stack", "shared", "warps", "FMA", "MMA", "useful"]
+    return _table(titles, lines, numbers=7)
 
 
 def floors() -> str:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 # One instruction: `/*0080*/  @!P0 FFMA.FTZ R1, R2, R3, R4 ;`
@@ -14,10 +15,12 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9
 _LABEL = re.compile(r"^(\.L_\w+):")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 _SECTION = re.compile(r'^\.section\s+\.text\.([^,\s"]+)')
+# A kernel's section of attributes, up to the bounds of its block: three numbers.
+_THREADS = re.compile(r"^\.nv\.info\.(\S+)$(?:(?!^\.).)*?EIATTR_MAX_THREADS.*?Value:\s*([0-9a-fx ]+?)\s*$", re.M | re.S)
 _USAGE = re.compile(r"Function ([^:\s]+):\s*\n\s*(REG:.*)")
 
-# Multiply-adds on CUDA cores and on tensor cores.
-_FMAS = ("FFMA", "FFMA2", "HFMA2", "DFMA")
+# Multiply-adds on CUDA cores, one or two of them a lane, and products on tensor cores.
+_FMAS = {"FFMA": 1, "FFMA2": 2, "HFMA2": 2, "DFMA": 1}
 _MMAS = ("HMMA", "HGMMA", "IMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
 _SPILLS = ("STL", "LDL")
 
@@ -34,11 +37,13 @@ class Loop:
         instructions: of its body.
         fmas: instructions among them that multiply and add on CUDA cores.
         mmas: those that do so on tensor cores.
+        multiply_adds: what `fmas` do in a thread; a packed one does two.
     """
 
     instructions: int
     fmas: int
     mmas: int
+    multiply_adds: int
 
     @property
     def fma_share(self) -> float:
@@ -55,6 +60,7 @@ class Figures:
         stack: bytes of a thread in local memory: spills, and arrays whose index is no constant.
         shared: bytes of a block that are known when it is compiled.
         spills: instructions that move registers to local memory and back.
+        threads: of a block at most; 0 where the kernel does not say.
         loop: see `Loop`.
     """
 
@@ -62,6 +68,7 @@ class Figures:
     stack: int
     shared: int
     spills: int
+    threads: int
     loop: Loop
 
 
@@ -73,12 +80,14 @@ def figures(cubin: Path) -> dict[str, Figures]:
     """
     usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
     bodies = _bodies(_run("nvdisasm", "-c", str(cubin)))
+    threads = dict(_THREADS.findall(_run("cuobjdump", "--dump-elf", str(cubin))))
     found = {}
     for name, line in _USAGE.findall(usage):
         sizes = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
         body = bodies.get(name, [])
         spills = sum(_opcode(text)[0] in _SPILLS for text in body)
-        found[name] = Figures(sizes["REG"], sizes["STACK"], sizes["SHARED"], spills, innermost(body))
+        most = prod(int(side, 16) for side in threads.get(name, "0").split())
+        found[name] = Figures(sizes["REG"], sizes["STACK"], sizes["SHARED"], spills, most, innermost(body))
     return found
 
 
@@ -116,12 +125,10 @@ def _inside(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
 
 def _count(lines: list[str]) -> Loop:
     found = [_opcode(text) for text in lines]
-    return Loop(
-        sum(opcode != "NOP" for opcode, _ in found),
-        # With a product of zeros it is how the compiler writes a constant to a register.
-        sum(opcode in _FMAS and "RZ, RZ" not in operands for opcode, operands in found),
-        sum(opcode in _MMAS for opcode, _ in found),
-    )
+    # With a product of zeros it is how the compiler writes a constant to a register.
+    fmas = [_FMAS[opcode] for opcode, operands in found if opcode in _FMAS and "RZ, RZ" not in operands]
+    instructions = sum(opcode != "NOP" for opcode, _ in found)
+    return Loop(instructions, len(fmas), sum(opcode in _MMAS for opcode, _ in found), sum(fmas))
 
 
 def _opcode(text: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import mra_kernels
 from bench import aot, aot_tables, cubin
 from bench.__main__ import app
 from bench.cubin import Figures, Loop, innermost
@@ -41,7 +42,7 @@ class TestInnermostLoop:
             @!UP0 BRA `(.L_x_0)
             EXIT
         """)
-        assert innermost(body) == Loop(instructions=4, fmas=2, mmas=0)
+        assert innermost(body) == Loop(instructions=4, fmas=2, mmas=0, multiply_adds=2)
         assert innermost(body).fma_share == 0.5
 
     def test_of_two_loops_the_one_with_more_arithmetic(self) -> None:
@@ -53,7 +54,7 @@ class TestInnermostLoop:
             HMMA.16816.F32.BF16 R4, R5, R6, R4
             @P1 BRA `(.L_x_1)
         """)
-        assert innermost(body) == Loop(2, 0, 1)
+        assert innermost(body) == Loop(2, 0, 1, 0)
 
     def test_the_whole_kernel_where_loops_do_little(self) -> None:
         """Unrolled code, and the branch to itself that ends a kernel."""
@@ -67,10 +68,10 @@ class TestInnermostLoop:
             BRA `(.L_x_1)
             NOP
         """)
-        assert innermost(body) == Loop(5, 1, 0)
+        assert innermost(body) == Loop(5, 1, 0, 1)
 
     def test_a_constant_is_no_arithmetic(self) -> None:
-        assert innermost(assembly("HFMA2.MMA R1, -RZ, RZ, 0, 0\nHFMA2 R1, R2, R3, R1")) == Loop(2, 1, 0)
+        assert innermost(assembly("HFMA2.MMA R1, -RZ, RZ, 0, 0\nHFMA2 R1, R2, R3, R1")) == Loop(2, 1, 0, 2)
 
 
 def test_bodies_are_told_apart() -> None:
@@ -96,8 +97,8 @@ def test_kernels_of_cuda_are_named_shortly() -> None:
 
 
 def make_row(stack: int = 0, spills: int = 0, registers: int = 168, shared: int = 40_000) -> aot.Row:
-    loop = Loop(100, 60, 0)
-    figures = Figures(registers, stack, shared, spills, loop)
+    loop = Loop(100, 60, 0, 60)
+    figures = Figures(registers, stack, shared, spills, 128, loop)
     return aot.Row("Triton", "add_norm forward", "_forward", "ROWS 1; bfloat16", 90, 4, shared, figures)
 
 
@@ -106,6 +107,38 @@ def make_row(stack: int = 0, spills: int = 0, registers: int = 168, shared: int 
 )
 def test_warps_that_run_at_once(registers: int, shared: int, warps: int) -> None:
     assert make_row(registers=registers, shared=shared).warps_per_multiprocessor == warps
+
+
+@pytest.mark.parametrize(
+    ("kernel", "configuration", "multiply_adds", "useful"),
+    [
+        ("depthwise_conv7_kernel", "float, mra::cuda::DepthwiseTile<4>, 4, 4", 392, 1.0),
+        ("depthwise_conv_gelu_kernel", "float, mra::cuda::DepthwiseTile<4>, 4, 4", 448, 0.875),
+        ("depthwise_weight_gradient_kernel", "__half, mra::cuda::WeightGradientTile<8, 4>, true, 1", 2800, 1.0),
+        ("_convolve", "ROWS 8, COLUMNS 16, CHANNELS 64, 4 warps; bfloat16", 896, 0.5),
+        ("_parameter_gradients", "ROWS 2, COLUMNS 4, CHANNELS 64, 4 warps; bfloat16", 392, 0.5),
+        (
+            "depthwise_weight_gradient_mma_kernel",
+            "__half, mra::cuda::WeightGradientMmaTile<4, 1, 6>, true",
+            0,
+            0.390625,
+        ),
+        ("_layer_norm", "ROWS 8, COLUMNS 256, 8 warps; bfloat16", 38, None),
+    ],
+)
+def test_useful_multiply_adds(kernel: str, configuration: str, multiply_adds: int, useful: float | None) -> None:
+    figures = Figures(168, 0, 0, 0, 128, Loop(4000, 0, 0, multiply_adds))
+    assert aot.Row("", "", kernel, configuration, 90, 4, 0, figures).useful == useful
+
+
+@pytest.mark.skipif(not mra_kernels.build_info()["cuda"], reason="this build has no CUDA kernels")
+@needs_triton
+def test_every_cuda_kernel_bounds_its_block() -> None:
+    """So that the table says how many warps run at once."""
+    rows = aot.cuda_rows([90], [], print)
+    assert rows
+    assert all(row.warps_per_multiprocessor for row in rows)
+    assert all(row.useful is None or 0.3 < row.useful <= 1 for row in rows)
 
 
 class TestCommand:
@@ -119,7 +152,7 @@ class TestCommand:
         file = tmp_path / "figures.md"
         result = CliRunner().invoke(app, ["aot", "--write", str(file)])
         assert result.exit_code == 0, result.output
-        line = "| `_forward` | ROWS 1; bfloat16 | add_norm forward | sm_90 | 168 | 0 | 40,000 | 12 | 60% |  |"
+        line = "| `_forward` | ROWS 1; bfloat16 | add_norm forward | sm_90 | 168 | 0 | 40,000 | 12 | 60% |  |  |"
         assert line in result.stdout
         page = file.read_text()
         assert line in page
