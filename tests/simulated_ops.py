@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import pybind11
 import torch
-from cuda_simulator import ALL_BLOCKS, ORDERS, Order, Program, Simulator, build
+from cuda_simulator import ORDERS, Order, Program, Simulator, build
 from torch import Tensor
 
 from mra_kernels.dispatch import Backend
@@ -66,15 +66,15 @@ def extension(kind: str = "plain") -> Extension:
 
 
 @contextmanager
-def simulated(on: Extension | None = None, order: Order = ORDERS[0], last_blocks: int = ALL_BLOCKS) -> Iterator[None]:
-    """Inside the block, backend `native` on a CPU's tensors is the simulated GPU's; the order as in `Simulator`."""
+def simulated(on: Extension | None = None, order: Order = ORDERS[0], **settings: int) -> Iterator[None]:
+    """Inside the block, backend `native` on a CPU's tensors is the simulated GPU's; arguments as of `Simulator.order`."""
     on = extension() if on is None else on
 
     def place(tensor: Tensor) -> tuple[int, int, int, int]:
         return _extension.DTYPE_CODES[tensor.dtype], 0, 0, 0
 
     with ExitStack() as stack:
-        stack.enter_context(on.simulator.order(order, last_blocks))
+        stack.enter_context(on.simulator.order(order, **settings))
         stack.enter_context(patch.multiple(_extension, HAS_CUDA=True, PROBLEM=None))
         for name, module in list(sys.modules.items()):
             if name.startswith("mra_kernels.native."):

@@ -10,7 +10,7 @@ import torch
 from cuda_simulator import build, run_python
 from large_maps import batch_of, end, last_of, multiply_last_rows
 from op_calls import DATA, Inputs, Outputs, call, differentiable, make_grad_outputs, solve, solve_exactly, threads
-from simulated_ops import FOLDER, program, simulated
+from simulated_ops import FOLDER, Extension, program, simulated
 from torch import Tensor
 
 from mra_kernels.native import linear_gelu, linear_scale_residual
@@ -36,6 +36,10 @@ OVERFLOW = {
         ("const int64_t offset = (static_cast<int64_t>(row) * width", "const int64_t offset = (row * width")
     ]
 }
+
+# As many as a grid has along y, so that one has little to do.
+PARTS = 65535
+MANY_PARTS = {"cuda/depthwise_weight_gradient.cu": [("kMaxBlocks = 320;", f"kMaxBlocks = {PARTS};")]}
 
 # Where blocks stride over rows or tiles, the last one gets the last of a multiple of their number: the most that a grid
 # has along y, or the stem's, of which one is enough, for they are long.
@@ -74,6 +78,35 @@ def test_the_last_picture(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs |= {f"gradient of {n}": (actual.grads[n], exact.grads[n]) for n in wanted}
     for name, (large, small) in pairs.items():
         assert relative_error(end(large), end(small)) < 5e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_last_part_of_a_weight_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensor cores and on CUDA cores; the last blocks of the second stage have the bias and the last taps."""
+    new_empty, wanted = Tensor.new_empty, ["weight", "bias"]
+
+    def zeroed(like: Tensor, *sizes: int, **options: torch.dtype) -> Tensor:
+        """What the parts that do not run would leave in scratch; more is untouched memory, which has zeros."""
+        made = new_empty(like, *sizes, **options)
+        return made.zero_() if made.numel() < 2**24 else made
+
+    monkeypatch.setattr(Tensor, "new_empty", zeroed)
+    one = make_inputs("depthwise_conv_gelu", 1, 8, 16, 64, dtype=dtype)
+    # Of a picture of zeros the convolution is zero, too, where the gradient does not reach.
+    one["bias"].zero_()
+    grad_y, *means = make_grad_outputs("depthwise_conv_gelu", one)
+    grads = (grad_y, *map(torch.zeros_like, means))
+    exact = solve_exactly("depthwise_conv_gelu", one, grads, wanted)
+
+    def y(inputs: Inputs) -> Outputs:
+        return call("depthwise_conv_gelu", "native", inputs)[:1]
+
+    batch = -(-batch_of(one, grads) // ROWS) * ROWS
+    many_parts = Extension(build(program(MANY_PARTS), "plain", FOLDER))
+    with simulated(many_parts, last_blocks=8, multiprocessors=PARTS), threads(1):
+        actual = solve(y, {**one, "x": last_of(batch, one["x"])}, (last_of(batch, grad_y),), wanted)
+    assert relative_error(actual.grads["bias"], exact.grads["bias"]) < 5e-3
+    assert relative_error(actual.grads["weight"][..., 6, 4:], exact.grads["weight"][..., 6, 4:]) < 5e-3
 
 
 def test_an_overflow_is_found() -> None:

@@ -45,6 +45,8 @@ class Order:
 
 ORDERS = (Order("forward"), Order("reverse"), *(Order("random", seed) for seed in range(1, 7)))
 ALL_BLOCKS = 2**64 - 1
+# Few, so that loops over a grid have something to do on small maps.
+MULTIPROCESSORS = 4
 
 
 class Statistics(ctypes.Structure):
@@ -64,22 +66,26 @@ class Simulator:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.library.cuda_simulator_configure.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint64]
+        self.library.cuda_simulator_configure.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int]
         self.library.cuda_simulator_failure.restype = ctypes.c_char_p
 
     @contextmanager
-    def order(self, order: Order = ORDERS[0], last_blocks: int = ALL_BLOCKS) -> Iterator[None]:
+    def order(
+        self, order: Order = ORDERS[0], last_blocks: int = ALL_BLOCKS, multiprocessors: int = MULTIPROCESSORS
+    ) -> Iterator[None]:
         """Launches inside the block run in this order; of each grid the last blocks alone, counted with x innermost.
+
+        The device says that it has `multiprocessors`, by which host code may cut its work.
 
         Raises:
             SimulationError: at the block's end, a launch that failed, if no other exception told of it.
         """
         names = ("forward", "reverse", "random")
-        self.library.cuda_simulator_configure(names.index(order.name), order.seed, last_blocks)
+        self.library.cuda_simulator_configure(names.index(order.name), order.seed, last_blocks, multiprocessors)
         try:
             yield
         finally:
-            self.library.cuda_simulator_configure(0, 0, ALL_BLOCKS)
+            self.library.cuda_simulator_configure(0, 0, ALL_BLOCKS, MULTIPROCESSORS)
             failure = self.library.cuda_simulator_failure().decode()
         if failure:
             raise SimulationError(failure)

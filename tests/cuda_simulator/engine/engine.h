@@ -27,6 +27,7 @@ struct Settings {
   Order order = Order::kForward;
   unsigned seed = 0;
   uint64_t last_blocks = UINT64_MAX;  // how many blocks of a grid run: the last ones, counted with x innermost
+  int multiprocessors = 4;
 };
 
 struct Statistics {

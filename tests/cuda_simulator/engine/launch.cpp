@@ -104,6 +104,8 @@ int launch_error(bool clear) {
   return error;
 }
 
+int multiprocessors() { return engine.settings.multiprocessors; }
+
 void allow_dynamic_shared_memory(const void* kernel, size_t bytes) {
   engine.allowed_dynamic_bytes.emplace_back(kernel, bytes);
 }
@@ -112,8 +114,8 @@ void allow_dynamic_shared_memory(const void* kernel, size_t bytes) {
 
 #define CUDA_SIMULATOR_EXPORT extern "C" __attribute__((visibility("default")))
 
-CUDA_SIMULATOR_EXPORT void cuda_simulator_configure(int order, unsigned seed, uint64_t last_blocks) {
-  cuda_simulator::engine.settings = {static_cast<cuda_simulator::Order>(order), seed, last_blocks};
+CUDA_SIMULATOR_EXPORT void cuda_simulator_configure(int order, unsigned seed, uint64_t last_blocks, int multiprocessors) {
+  cuda_simulator::engine.settings = {static_cast<cuda_simulator::Order>(order), seed, last_blocks, multiprocessors};
 }
 
 CUDA_SIMULATOR_EXPORT void cuda_simulator_statistics(cuda_simulator::Statistics* out) {

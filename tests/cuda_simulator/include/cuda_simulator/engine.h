@@ -48,6 +48,9 @@ void async_wait(size_t groups);
 
 void count_atomic();
 
+// What the device says that it has.
+int multiprocessors();
+
 // What a launch may ask for. Below, as on a GPU of compute capability 9.0.
 constexpr size_t kStaticSharedBytes = 48 << 10;
 constexpr size_t kMaxSharedBytes = 227 << 10;

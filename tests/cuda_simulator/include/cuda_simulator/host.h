@@ -65,7 +65,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = cuda_simulator::kStaticSharedBytes;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = 4;
+      *value = cuda_simulator::multiprocessors();
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
       *value = 9;
