@@ -67,7 +67,7 @@ def extension(kind: str = "plain") -> Extension:
 
 @contextmanager
 def simulated(on: Extension | None = None, order: Order = ORDERS[0], **settings: int) -> Iterator[None]:
-    """Inside the block, backend `native` on a CPU's tensors is the simulated GPU's; arguments as of `Simulator.order`."""
+    """Inside the block, backend `native` on a CPU's tensors is the simulated GPU's; settings: see `Simulator.order`."""
     on = extension() if on is None else on
 
     def place(tensor: Tensor) -> tuple[int, int, int, int]:
