@@ -51,8 +51,10 @@ class Extension:
     """The simulated `mra_kernels._C`, and the engine that runs its kernels."""
 
     def __init__(self, library: Path) -> None:
-        loader = ExtensionFileLoader("_C", str(library))
-        spec = importlib.util.spec_from_loader("_C", loader)
+        # pybind11 makes one module of a name; the last part is what the library calls itself.
+        name = f"{library.stem}._C"
+        loader = ExtensionFileLoader(name, str(library))
+        spec = importlib.util.spec_from_loader(name, loader)
         assert spec is not None
         self.module = importlib.util.module_from_spec(spec)
         loader.exec_module(self.module)
