@@ -114,7 +114,8 @@ void allow_dynamic_shared_memory(const void* kernel, size_t bytes) {
 
 #define CUDA_SIMULATOR_EXPORT extern "C" __attribute__((visibility("default")))
 
-CUDA_SIMULATOR_EXPORT void cuda_simulator_configure(int order, unsigned seed, uint64_t last_blocks, int multiprocessors) {
+CUDA_SIMULATOR_EXPORT void cuda_simulator_configure(int order, unsigned seed, uint64_t last_blocks,
+                                                    int multiprocessors) {
   cuda_simulator::engine.settings = {static_cast<cuda_simulator::Order>(order), seed, last_blocks, multiprocessors};
 }
 
