@@ -40,7 +40,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'tests/*.cuh')
 
 # Editable, so that the compiled extension lies beside the sources; made anew when what it is built from changes.
 install: $(VENV)/installed

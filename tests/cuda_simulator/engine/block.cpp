@@ -74,7 +74,9 @@ std::string waiting_threads() {
   for (int i = 0; i < engine.threads; ++i) {
     const Fiber& fiber = engine.fibers[i];
     if (fiber.state != State::kAtBarrier && fiber.state != State::kInWarp) continue;
-    const auto same = [&](const Place& p) { return p.line == fiber.place.line && p.operation == fiber.place.operation; };
+    const auto same = [&](const Place& p) {
+      return p.line == fiber.place.line && p.operation == fiber.place.operation;
+    };
     if (std::any_of(seen.begin(), seen.end(), same)) continue;
     seen.push_back(fiber.place);
     list += (list.empty() ? "" : ", ") + ("thread " + text(fiber.thread)) + " in " + text(fiber.place);
@@ -86,8 +88,8 @@ bool same_place(const Place& a, const Place& b) { return a.line == b.line && std
 
 void pass_barrier() {
   if (engine.live != engine.threads) {
-    fail(std::to_string(engine.threads - engine.live) + " threads have returned before the others' barrier: " +
-         waiting_threads());
+    fail(std::to_string(engine.threads - engine.live) +
+         " threads have returned before the others' barrier: " + waiting_threads());
   }
   engine.barrier_predicates = 0;
   for (int i = 0; i < engine.threads; ++i) {

@@ -56,8 +56,8 @@ struct Fiber {
   State state;
   // While it waits:
   Place place;
-  bool predicate;       // at a barrier
-  Collective kind;      // in its warp
+  bool predicate;   // at a barrier
+  Collective kind;  // in its warp
   unsigned mask;
   uint64_t value, result;
   int source;

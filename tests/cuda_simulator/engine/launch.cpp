@@ -21,7 +21,8 @@ std::mutex one_launch_at_a_time;
 int check(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const bool block_fits = threads > 0 && threads <= kMaxThreads && block.z <= 64;
-  const bool grid_fits = grid.x > 0 && grid.x <= INT32_MAX && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535;
+  const bool grid_fits =
+      grid.x > 0 && grid.x <= INT32_MAX && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535;
   if (!block_fits || !grid_fits) return kInvalidConfiguration;
   size_t allowed = kStaticSharedBytes;
   for (const auto& [known, bytes] : engine.allowed_dynamic_bytes) {

@@ -93,11 +93,10 @@ constexpr size_t alignment_of(size_t type, size_t declared) { return type > decl
 
 // What `translate.py` writes in place of kernel<<<grid, block, ...>>>, __shared__ and extern __shared__.
 #define CUDA_SIMULATOR_LAUNCH(kernel, ...) ::cuda_simulator::configure(#kernel, kernel, __VA_ARGS__)
-#define CUDA_SIMULATOR_SHARED(name, alignment, ...)                                           \
-  static char name##_key;                                                                     \
-  auto& name = *static_cast<::cuda_simulator::Type<__VA_ARGS__>*>(                            \
-      ::cuda_simulator::shared_variable(&name##_key, sizeof(__VA_ARGS__),                     \
-                                        ::cuda_simulator::alignment_of(alignof(__VA_ARGS__), alignment)))
+#define CUDA_SIMULATOR_SHARED(name, alignment, ...)                                                  \
+  static char name##_key;                                                                            \
+  auto& name = *static_cast<::cuda_simulator::Type<__VA_ARGS__>*>(::cuda_simulator::shared_variable( \
+      &name##_key, sizeof(__VA_ARGS__), ::cuda_simulator::alignment_of(alignof(__VA_ARGS__), alignment)))
 #define CUDA_SIMULATOR_DYNAMIC_SHARED(name, alignment, ...) \
   auto* name = static_cast<__VA_ARGS__*>(                   \
       ::cuda_simulator::dynamic_shared_memory(::cuda_simulator::alignment_of(alignof(__VA_ARGS__), alignment)))

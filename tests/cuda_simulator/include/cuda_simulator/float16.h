@@ -80,32 +80,32 @@ struct alignas(4) Pair {
 }  // namespace cuda_simulator
 
 // The functions of both types, whose names differ: `name` is bfloat16 or half.
-#define CUDA_SIMULATOR_FLOAT16(T, T2, name)                                                            \
-  inline T __float2##name(float v) { return v; }                                                       \
-  inline T __float2##name##_rn(float v) { return v; }                                                  \
-  inline T __double2##name(double v) { return static_cast<float>(v); }                                 \
-  inline float __##name##2float(T v) { return v; }                                                     \
-  inline T __ushort_as_##name(unsigned short v) { return T::of_bits(v); }                              \
-  inline unsigned short __##name##_as_ushort(T v) { return v.bits; }                                   \
-  inline T2 __float2##name##2_rn(float v) { return {v, v}; }                                           \
-  inline T2 __floats2##name##2_rn(float x, float y) { return {x, y}; }                                 \
-  inline T2 __float22##name##2_rn(float2 v) { return {v.x, v.y}; }                                     \
-  inline float2 __##name##22float2(T2 v) { return {float(v.x), float(v.y)}; }                          \
-  inline T2 __##name##2##name##2(T v) { return {v, v}; }                                               \
-  inline T2 __halves2##name##2(T x, T y) { return {x, y}; }                                            \
-  inline T2 make_##name##2(T x, T y) { return {x, y}; }                                                \
-  inline T __low2##name(T2 v) { return v.x; }                                                          \
-  inline T __high2##name(T2 v) { return v.y; }                                                         \
-  inline float __low2float(T2 v) { return v.x; }                                                       \
-  inline float __high2float(T2 v) { return v.y; }                                                      \
-  inline T __hadd(T a, T b) { return a + b; }                                                          \
-  inline T __hsub(T a, T b) { return a - b; }                                                          \
-  inline T __hmul(T a, T b) { return a * b; }                                                          \
-  inline T __hfma(T a, T b, T c) { return fmaf(a, b, c); }                                             \
-  inline T __hneg(T a) { return -a; }                                                                  \
-  inline T __hmax(T a, T b) { return fmaxf(a, b); }                                                    \
-  inline T __hmin(T a, T b) { return fminf(a, b); }                                                    \
-  inline T2 __hadd2(T2 a, T2 b) { return a + b; }                                                      \
-  inline T2 __hsub2(T2 a, T2 b) { return a - b; }                                                      \
-  inline T2 __hmul2(T2 a, T2 b) { return a * b; }                                                      \
+#define CUDA_SIMULATOR_FLOAT16(T, T2, name)                                   \
+  inline T __float2##name(float v) { return v; }                              \
+  inline T __float2##name##_rn(float v) { return v; }                         \
+  inline T __double2##name(double v) { return static_cast<float>(v); }        \
+  inline float __##name##2float(T v) { return v; }                            \
+  inline T __ushort_as_##name(unsigned short v) { return T::of_bits(v); }     \
+  inline unsigned short __##name##_as_ushort(T v) { return v.bits; }          \
+  inline T2 __float2##name##2_rn(float v) { return {v, v}; }                  \
+  inline T2 __floats2##name##2_rn(float x, float y) { return {x, y}; }        \
+  inline T2 __float22##name##2_rn(float2 v) { return {v.x, v.y}; }            \
+  inline float2 __##name##22float2(T2 v) { return {float(v.x), float(v.y)}; } \
+  inline T2 __##name##2##name##2(T v) { return {v, v}; }                      \
+  inline T2 __halves2##name##2(T x, T y) { return {x, y}; }                   \
+  inline T2 make_##name##2(T x, T y) { return {x, y}; }                       \
+  inline T __low2##name(T2 v) { return v.x; }                                 \
+  inline T __high2##name(T2 v) { return v.y; }                                \
+  inline float __low2float(T2 v) { return v.x; }                              \
+  inline float __high2float(T2 v) { return v.y; }                             \
+  inline T __hadd(T a, T b) { return a + b; }                                 \
+  inline T __hsub(T a, T b) { return a - b; }                                 \
+  inline T __hmul(T a, T b) { return a * b; }                                 \
+  inline T __hfma(T a, T b, T c) { return fmaf(a, b, c); }                    \
+  inline T __hneg(T a) { return -a; }                                         \
+  inline T __hmax(T a, T b) { return fmaxf(a, b); }                           \
+  inline T __hmin(T a, T b) { return fminf(a, b); }                           \
+  inline T2 __hadd2(T2 a, T2 b) { return a + b; }                             \
+  inline T2 __hsub2(T2 a, T2 b) { return a - b; }                             \
+  inline T2 __hmul2(T2 a, T2 b) { return a * b; }                             \
   inline T2 __hfma2(T2 a, T2 b, T2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }

@@ -13,9 +13,7 @@ constexpr int warpSize = 32;
 // The caller's place in the source, as default arguments.
 #define CUDA_SIMULATOR_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-inline void __syncthreads(CUDA_SIMULATOR_HERE) {
-  cuda_simulator::block_barrier(false, {"__syncthreads", file, line});
-}
+inline void __syncthreads(CUDA_SIMULATOR_HERE) { cuda_simulator::block_barrier(false, {"__syncthreads", file, line}); }
 inline int __syncthreads_count(int predicate, CUDA_SIMULATOR_HERE) {
   return cuda_simulator::block_barrier(predicate != 0, {"__syncthreads_count", file, line});
 }
@@ -109,16 +107,16 @@ CUDA_SIMULATOR_STORE(__stwt)
 #undef CUDA_SIMULATOR_STORE
 
 // Counted, so that a test can forbid them: a float's sum depends on the order.
-#define CUDA_SIMULATOR_ATOMIC(name, result)                                                          \
-  template <class T>                                                                                 \
-  T name(T* p, std::common_type_t<T> value) {                                                        \
-    cuda_simulator::count_atomic();                                                                  \
-    T old, desired;                                                                                  \
-    __atomic_load(p, &old, __ATOMIC_RELAXED);                                                        \
-    do {                                                                                             \
-      desired = result;                                                                              \
+#define CUDA_SIMULATOR_ATOMIC(name, result)                                                             \
+  template <class T>                                                                                    \
+  T name(T* p, std::common_type_t<T> value) {                                                           \
+    cuda_simulator::count_atomic();                                                                     \
+    T old, desired;                                                                                     \
+    __atomic_load(p, &old, __ATOMIC_RELAXED);                                                           \
+    do {                                                                                                \
+      desired = result;                                                                                 \
     } while (!__atomic_compare_exchange(p, &old, &desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)); \
-    return old;                                                                                      \
+    return old;                                                                                         \
   }
 CUDA_SIMULATOR_ATOMIC(atomicAdd, old + value)
 CUDA_SIMULATOR_ATOMIC(atomicSub, old - value)

@@ -11,14 +11,10 @@ struct dim3 {
   constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
 };
 
-#define CUDA_SIMULATOR_VECTORS(type, name)                                                     \
-  struct alignas(2 * sizeof(type)) name##2 {                                                   \
-    type x, y;                                                                                 \
-  };                                                                                           \
-  struct alignas(4 * sizeof(type) > 16 ? 16 : 4 * sizeof(type)) name##4 {                      \
-    type x, y, z, w;                                                                           \
-  };                                                                                           \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                             \
+#define CUDA_SIMULATOR_VECTORS(type, name)                                                    \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                    \
+  struct alignas(4 * sizeof(type) > 16 ? 16 : 4 * sizeof(type)) name##4 { type x, y, z, w; }; \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                            \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 CUDA_SIMULATOR_VECTORS(signed char, char)
