@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_simulator import build, run_python
-from large_maps import batch_of, end, last_of, multiply_last_rows
+from large_maps import batch_of, end, last_of, multiply_last_rows, untouched
 from op_calls import DATA, Inputs, Outputs, call, differentiable, make_grad_outputs, solve, solve_exactly, threads
 from simulated_ops import FOLDER, Extension, program, simulated
 from torch import Tensor
@@ -83,14 +83,7 @@ def test_the_last_picture(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_last_part_of_a_weight_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensor cores and on CUDA cores; the last blocks of the second stage have the bias and the last taps."""
-    new_empty, wanted = Tensor.new_empty, ["weight", "bias"]
-
-    def zeroed(like: Tensor, *sizes: int, **options: torch.dtype) -> Tensor:
-        """What the parts that do not run would leave in scratch; more is untouched memory, which has zeros."""
-        made = new_empty(like, *sizes, **options)
-        return made.zero_() if made.numel() < 2**24 else made
-
-    monkeypatch.setattr(Tensor, "new_empty", zeroed)
+    wanted = ["weight", "bias"]
     one = make_inputs("depthwise_conv_gelu", 1, 8, 16, 64, dtype=dtype)
     # Of a picture of zeros the convolution is zero, too, where the gradient does not reach.
     one["bias"].zero_()
@@ -102,9 +95,17 @@ def test_the_last_part_of_a_weight_gradient(dtype: torch.dtype, monkeypatch: pyt
         return call("depthwise_conv_gelu", "native", inputs)[:1]
 
     batch = -(-batch_of(one, grads) // ROWS) * ROWS
+    many = {**one, "x": last_of(batch, one["x"])}
     many_parts = Extension(build(program(MANY_PARTS), "plain", FOLDER))
+
+    def new_empty(like: Tensor, size: int | tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        return untouched(size if isinstance(size, tuple) else (size,), dtype or like.dtype)
+
+    # Zeros are what the blocks that do not run would write.
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: untouched(x.shape, x.dtype))
     with simulated(many_parts, last_blocks=8, multiprocessors=PARTS), threads(1):
-        actual = solve(y, {**one, "x": last_of(batch, one["x"])}, (last_of(batch, grad_y),), wanted)
+        actual = solve(y, many, (last_of(batch, grad_y),), wanted)
     assert relative_error(actual.grads["bias"], exact.grads["bias"]) < 5e-3
     assert relative_error(actual.grads["weight"][..., 6, 4:], exact.grads["weight"][..., 6, 4:]) < 5e-3
 
