@@ -141,6 +141,7 @@ void forward(const DepthwiseConvNormForward& a) {
 template <class T>
 void conv_output_gradient(const DepthwiseConvNormBackward& a, int64_t tasks, T* grad_conv, float* partial) {
   const Map<const T> x{static_cast<const T*>(a.x), a.batch, a.height, a.width, a.channels};
+  const Map<const T> grad_y{static_cast<const T*>(a.grad_y), a.batch, a.height, a.width, a.channels};
   const int64_t padded = x.padded();
   const Convolution<T> convolution(a.weight, a.bias, a.channels, false, a.place.threads);
   float* scale = thread_buffer<struct Scale>(padded);
@@ -148,12 +149,16 @@ void conv_output_gradient(const DepthwiseConvNormBackward& a, int64_t tasks, T* 
   std::memset(partial, 0, tasks * NormSums::kRows * padded * sizeof(float));
   for_each_tile(x, tasks, a.place.threads, [&](int64_t task, const Tile& tile) {
     const TileBuffer conv(padded);
-    convolution.run_tile(x, tile, [&](int64_t c, int row, int column, Floats v) { store(conv.at(row, column, c), v); });
+    for (int64_t first = 0; first < x.channels; first += Convolution<T>::kGroup) {
+      convolution.run(
+          x, tile, first, [&](int row) { fetch_row(grad_y, tile, row, first); },
+          [&](int64_t c, int row, int column, Floats v) { store(conv.at(row, column, c), v); });
+    }
     const NormSums sums = NormSums::at(partial + task * NormSums::kRows * padded, padded);
     for_each_pixel(tile, [&](int64_t row, int64_t column) {
       const int64_t pixel = (tile.b * a.height + tile.y + row) * a.width + tile.x + column;
-      normalize_backward(static_cast<const T*>(a.grad_y) + pixel * a.channels, conv.at(row, column, 0),
-                         TileBuffer::kStep, Statistics{a.mean[pixel], a.rstd[pixel]}, scale, a.channels, sums,
+      normalize_backward(grad_y.pixel(tile.b, tile.y + row, tile.x + column), conv.at(row, column, 0),
+                         TileBuffer::kStep, Statistics{a.mean[pixel], a.rstd[pixel]}, scale, a.channels, sums, false,
                          grad_conv + pixel * a.channels);
     });
   });

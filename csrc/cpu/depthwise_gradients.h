@@ -8,9 +8,11 @@ namespace mra::cpu::MRA_ISA {
 // Tasks of the taps' gradient: enough for many threads, and fixed, so that the order of its sums is.
 constexpr int64_t kGradientTasks = 64;
 
-// sums[49, kLanes] += grad [8, 8, kLanes] correlated with patch [14, 14, kLanes].
-inline void correlate_patch(const float* patch, const float* grad, float* sums) {
+// sums[49, kLanes] += grad [8, 8, kLanes] correlated with patch [14, 14, kLanes]; before row i of taps comes before(i).
+template <class Before>
+inline void correlate_patch(const float* patch, const float* grad, float* sums, Before before) {
   for (int i = 0; i < kTaps; ++i) {
+    before(i);
     Floats acc[kTaps] = {};
     for (int row = 0; row < kTile; ++row) {
       Floats g[kTile];
@@ -66,7 +68,14 @@ void weight_gradient(const Map<const T>& x, const Map<const T>& grad, int thread
       const Window<T> inputs(x, tile, kPad, c), outputs(grad, tile, 0, c);
       for (int64_t row = 0; row < kPatch; ++row) load_row<kPatch>(inputs, row, patch + row * kPatch * kLanes);
       for (int64_t row = 0; row < kTile; ++row) load_row<kTile>(outputs, row, tile_grad + row * kTile * kLanes);
-      correlate_patch(patch, tile_grad, sums);
+      const Tile right{tile.b, tile.y, tile.x + kTile, tile.rows, smaller(kTile, x.width - tile.x - kTile)};
+      correlate_patch(patch, tile_grad, sums, [&](int i) {
+        for (int64_t row = 2 * i; row < 2 * i + 2; ++row) {
+          fetch_row(grad, right, row, c);
+          if (!inputs.has_row(row)) continue;
+          for (int64_t j = kPatch; j < kPatch + right.columns - kPad; ++j) fetch(inputs.pixel(row, j));
+        }
+      });
     }
   }
 #pragma omp parallel for num_threads(threads)

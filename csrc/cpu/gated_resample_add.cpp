@@ -11,9 +11,6 @@
 namespace mra::cpu::MRA_ISA {
 namespace {
 
-// Fetches what the next pixel reads: a row of channels is too short for the processor to see where it leads.
-__attribute__((always_inline)) inline void fetch(const void* p) { __builtin_prefetch(p); }
-
 // The high-resolution map, and how a low-resolution pixel reads it.
 template <class T>
 struct High {

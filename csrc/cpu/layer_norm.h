@@ -74,10 +74,10 @@ struct NormSums {
   static NormSums at(float* p, int64_t padded) { return {p, p + padded, p + 2 * padded}; }
 };
 
-// The gradient of a pixel's values from grad_y: [C]. Both may be read and `grad` written in one memory.
+// The gradient of a pixel's values from grad_y: [C]. Both may be read and `grad` written in one memory, or streamed.
 template <class T, class Value>
 inline void normalize_backward(const T* grad_y, const Value* values, int64_t step, const Statistics& s,
-                               const float* scale, int64_t channels, const NormSums& sums, T* grad) {
+                               const float* scale, int64_t channels, const NormSums& sums, bool streams, T* grad) {
   Floats total = {}, projected = {};
   for_each_vector(channels, [&](int64_t c, int64_t lanes) {
     const Floats g = load_first(grad_y + c, lanes), scaled = g * load(scale + c);
@@ -93,7 +93,11 @@ inline void normalize_backward(const T* grad_y, const Value* values, int64_t ste
     const Floats normal = (load_first(values + c / kLanes * step, lanes) - s.mean) * s.rstd;
     const Floats d = (g - average - normal * slope) * s.rstd;
     if (sums.input != nullptr) store(sums.input + c, load(sums.input + c) + d);
-    store_first(grad + c, d, lanes);
+    if (streams) {
+      stream(grad + c, d);
+    } else {
+      store_first(grad + c, d, lanes);
+    }
   });
 }
 

@@ -45,6 +45,7 @@ void forward(const NormPatchifyForward& a) {
       for (int64_t i = 0; i < count; ++i) {
         a.mean[pixel + i] = s[i].mean;
         a.rstd[pixel + i] = s[i].rstd;
+        fetch(values + (kTogether + i) * a.channels, a.channels);
         if (!patches.holds(row, first + i)) continue;
         normalize(values + i * a.channels, kLanes, s[i], scale, shift, a.channels, streams,
                   y + patches.offset(row, first + i));
@@ -59,6 +60,8 @@ void backward(const NormPatchifyBackward& a) {
   const Patches patches{a.batch, a.height, a.width, a.channels};
   const int64_t padded = round_up(a.channels, kLanes), stride = NormSums::kRows * padded;
   const int64_t tasks = smaller(kTasks, patches.rows());
+  T* grad_x = static_cast<T*>(a.grad_x);
+  const bool streams = grad_x != nullptr && worth_streaming(grad_x, patches.rows() * a.width, a.channels);
   float* scale = thread_buffer<struct Scale>(padded);
   pack_vector(static_cast<const T*>(a.norm_weight), scale, a.channels);
   Scratch<float> partial(tasks * stride);
@@ -71,17 +74,20 @@ void backward(const NormPatchifyBackward& a) {
     for (int64_t row = patches.rows() * task / tasks; row < patches.rows() * (task + 1) / tasks; ++row) {
       for (int64_t x = 0; x < a.width; ++x) {
         const int64_t pixel = row * a.width + x;
-        T* grad = a.grad_x != nullptr ? static_cast<T*>(a.grad_x) + pixel * a.channels
-                                      : unwanted.get() + task * round_up(a.channels, 64);
+        T* grad = grad_x != nullptr ? grad_x + pixel * a.channels : unwanted.get() + task * round_up(a.channels, 64);
         if (!patches.holds(row, x)) {
           std::memset(grad, 0, a.channels * sizeof(T));
           continue;
         }
-        normalize_backward(static_cast<const T*>(a.grad_y) + patches.offset(row, x),
-                           static_cast<const T*>(a.x) + pixel * a.channels, kLanes,
-                           Statistics{a.mean[pixel], a.rstd[pixel]}, scale, a.channels, sums, grad);
+        const T* grad_y = static_cast<const T*>(a.grad_y);
+        const T* values = static_cast<const T*>(a.x) + pixel * a.channels;
+        fetch(grad_y + patches.offset(row, x + kTogether), a.channels);
+        fetch(values + kTogether * a.channels, a.channels);
+        normalize_backward(grad_y + patches.offset(row, x), values, kLanes, Statistics{a.mean[pixel], a.rstd[pixel]},
+                           scale, a.channels, sums, streams, grad);
       }
     }
+    finish_streams();
   }
   const NormSums sums = NormSums::at(partial.get(), padded);
   sum_tasks(sums.weight, tasks, stride, a.channels, static_cast<T*>(a.grad_norm_weight));

@@ -112,6 +112,7 @@ template <class T>
 void backward(const PatchConvNormBackward& a) {
   const int64_t padded = round_up(a.channels, kLanes), stride = NormSums::kRows * padded;
   const int64_t tasks = smaller(kTasks, a.rows);
+  const bool streams = worth_streaming(static_cast<const T*>(a.grad_conv), a.rows, a.channels);
   float* scale = thread_buffer<struct Scale>(padded);
   pack_vector(static_cast<const T*>(a.norm_weight), scale, a.channels);
   Scratch<float> partial(tasks * stride);
@@ -128,10 +129,14 @@ void backward(const PatchConvNormBackward& a) {
       Statistics s[kPixels];
       row_statistics(conv, count, a.channels, kLanes, a.channels, a.eps, s);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t offset = i * a.channels;
-        normalize_backward(grad_y + offset, conv + offset, kLanes, s[i], scale, a.channels, sums, grad_conv + offset);
+        const int64_t offset = i * a.channels, ahead = (kPixels + i) * a.channels;
+        fetch(grad_y + ahead, a.channels);
+        fetch(conv + ahead, a.channels);
+        normalize_backward(grad_y + offset, conv + offset, kLanes, s[i], scale, a.channels, sums, streams,
+                           grad_conv + offset);
       }
     }
+    finish_streams();
   }
   const NormSums sums = NormSums::at(partial.get(), padded);
   sum_tasks(sums.weight, tasks, stride, a.channels, static_cast<T*>(a.grad_norm_weight));

@@ -69,6 +69,15 @@ inline void for_each_tile(const Map<T>& map, int64_t tasks, int threads, Visit v
   });
 }
 
+// Fetches the group of channels from c on of a tile's row, if the map has it.
+template <class T>
+__attribute__((always_inline)) inline void fetch_row(const Map<const T>& map, const Tile& tile, int64_t row,
+                                                     int64_t c) {
+  if (row >= tile.rows) return;
+  const T* first = map.pixel(tile.b, tile.y + row, tile.x) + c;
+  for (int64_t column = 0; column < tile.columns; ++column) fetch(first + column * map.channels);
+}
+
 // Where the kSize x kSize inputs of a tile lie, from channel c on; outside the map they are zero.
 template <class T>
 struct Window {
