@@ -27,7 +27,7 @@ interpret: install
 properties: install
 	PROPERTY_EXAMPLES=1000 $(BIN)/python -m pytest tests/test_properties.py
 
-# Small changes of the CUDA sources, one after the other, each of which the simulator's cases must notice; an hour.
+# Small changes of the CUDA sources, each of which the simulator's cases must notice; half an hour on two cores.
 mutants: install
 	PYTHONPATH=. $(BIN)/python tests/mutants.py
 

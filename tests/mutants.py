@@ -1,22 +1,27 @@
 """Mutation tests of the CUDA C++ kernels: small changes of their sources, which the simulator's cases must notice.
 
 `make mutants` changes every device file below `csrc/cuda` in 20 places, chosen by a fixed seed, builds each mutant for
-the simulator, and runs the cases of the ops that use it, until one fails, then the sanitizers. What does not compile is
-replaced by another change. Results are kept in `build/mutants.json` under the contents of the file, so that an
-interrupted run goes on. A survivor must stand, with its reason, in `mutants_survivors.toml`, or the command fails.
+the simulator, and runs the cases of the ops that use it, until one fails, then the sanitizers; as many files at a time
+as there are cores. What does not compile is replaced by another change. Results are kept in `build/mutants.json` under
+the contents of the file, so that an interrupted run goes on. A survivor must stand, with its reason, in
+`mutants_survivors.toml`, or the command fails.
 """
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from subprocess import TimeoutExpired
+from threading import Lock
 
 import torch
 from cuda_simulator import ORDERS, BuildError, build, run_python
@@ -74,6 +79,8 @@ CHANGES: tuple[tuple[str, str], ...] = (
 _SKIPPED = re.compile(r"^\s*(//|#|template|using|static_assert|__launch_bounds__|__global__|}|namespace)|launch_bounds")
 
 SECONDS = 240
+# Held by the thread that writes the results.
+_KEEPING = Lock()
 
 
 @dataclass(frozen=True)
@@ -170,9 +177,11 @@ def survey(file: str, count: int, seed: int, results: dict[str, str]) -> tuple[i
             break
         key = f"{digest} {mutant.line} {mutant.name}"
         if key not in results:
-            results[key] = judge(mutant, source)
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=1))
+            verdict = judge(mutant, source)
+            with _KEEPING:
+                results[key] = verdict
+                RESULTS.parent.mkdir(exist_ok=True)
+                RESULTS.write_text(json.dumps(results, indent=1))
             print(f"{results[key]:9}{mutant.line:4} {mutant.name}", flush=True)
         judged += results[key] != "invalid"
         if results[key] == "survived":
@@ -196,8 +205,10 @@ def main() -> int:
     results: dict[str, str] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     reasons = {each["mutant"]: each["why"] for each in tomllib.loads(SURVIVORS.read_text()).get("survivor", [])}
     unexplained = 0
-    for file in options.files or USERS:
-        judged, survivors = survey(file, options.count, options.seed, results)
+    files = options.files or list(USERS)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        surveys = list(pool.map(partial(survey, count=options.count, seed=options.seed, results=results), files))
+    for file, (judged, survivors) in zip(files, surveys, strict=True):
         print(f"{file}: {judged - len(survivors)} of {judged} killed")
         for mutant in survivors:
             why = reasons.get(mutant.name)
