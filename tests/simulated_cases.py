@@ -31,6 +31,8 @@ SHAPES: dict[str, list[tuple]] = {
         (1, 24, 24, 64),
         (1, 8, 9, 1024),
         (1, 32, 32, 128),
+        # So many pictures that a block has several rows: strips of 9, 9 and 7.
+        (130, 25, 3, 12),
     ],
     "depthwise_conv_norm": [
         (2, 5, 6, 40),
@@ -45,6 +47,8 @@ SHAPES: dict[str, list[tuple]] = {
         (1, 8, 9, 768),
         (1, 3, 5, 1536),
         (1, 2, 3, 3072),
+        # So many pictures that a block has several rows: strips of 9, 9 and 7.
+        (130, 25, 3, 12),
     ],
     # leading sizes, outputs, inputs of the low and of the high projection
     "gated_projection_add": [((2, 9), 24, 16, 8), ((1, 3, 5), 33, 17, 9), ((0, 4), 8, 8, 8), ((1, 64), 1024, 64, 96)],
@@ -106,6 +110,8 @@ SHAPES: dict[str, list[tuple]] = {
         (1, 8, 8, 768),
         (1, 5, 4, 1536),
         (1, 2, 4, 3072),
+        # More channels than the registers of a block hold, several rows.
+        (1, 2, 6, 3073),
     ],
     # batch, planes, height, width, channels, side of a patch
     "patch_conv_norm": [

@@ -38,6 +38,17 @@ def test_values_and_gradients(op: str, dims: tuple, dtype: torch.dtype) -> None:
     assert after.launches > before.launches or 0 in dims or (0, 4) in dims
 
 
+# Blocks of these kernels stride over rows, since the second side of a grid ends at 65,535.
+@pytest.mark.parametrize(
+    ("op", "dims"),
+    [("depthwise_conv_gelu", (1, 65537, 1, 8)), ("gated_resample_add", (1, 65537, 1, 65537, 1, 1))],
+    ids=str,
+)
+def test_more_rows_than_a_grid(op: str, dims: tuple) -> None:
+    with simulated():
+        check(op, Route("cpu", "native", torch.float32), *operands(op, dims, torch.float32))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "dims"), SMALL, ids=str)
