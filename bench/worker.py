@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -116,9 +117,17 @@ def _work(pipe: Connection, device: torch.device, rehearsal: bool, folder: Path)
                 # An error of the GPU that nobody has met yet belongs to this step, not to the next one.
                 torch.cuda.synchronize(device)
         except Exception:
-            pipe.send(traceback.format_exc())
+            pipe.send(_traceback())
         else:
             pipe.send(None)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _traceback() -> str:
+    """Of the exception at hand, without the machine's folders, since it is kept with the results."""
+    text = traceback.format_exc()
+    for folder in (Path(__file__).resolve().parents[1], sys.prefix, sys.base_prefix):
+        text = text.replace(f"{folder}{os.sep}", "")
+    return text

@@ -27,7 +27,7 @@ from bench.stamp import ROOT
 from bench.step import Result, Run
 from bench.suites import kernels
 from bench.suites.kernel_cases import BACKWARD, DIRECTIONS, FORWARD, OpCase, as_list, cases, least_work, wanted
-from bench.suites.kernel_problems import DISTINCT, make_problem, served_by
+from bench.suites.kernel_problems import DISTINCT, PER_PICTURE, make_problem, served_by
 from bench.suites.library_routes import Route, has_onednn, routes
 from mra_kernels import use_backend
 from mra_kernels.ops import OPS
@@ -144,11 +144,11 @@ class TestExact:
             assert relative_error(value, truth) < 1e-13
 
     @pytest.mark.parametrize("batch", [1, 2, 3, 5])
-    @pytest.mark.parametrize("op", ["linear_gelu", "gated_projection_add", "adapter_gate"])
+    @pytest.mark.parametrize("op", ["linear_gelu", "gated_projection_add", "adapter_gate", "project_mean"])
     def test_a_batch_of_repeated_pictures_is_solved_whole(self, op: str, batch: int) -> None:
         """What is put together from three pictures is what the whole batch gives at once."""
         problem = make_problem(cases(op, [TINY])[-1], batch, torch.float64, CPU)
-        data = problem.inputs["low_mean" if op == "adapter_gate" else "x" if op == "linear_gelu" else "low"]
+        data = next(value for name, value in problem.inputs.items() if name in PER_PICTURE)
         assert len(data) == batch
         assert batch <= DISTINCT or torch.equal(data[0], data[DISTINCT])
         assert batch == 1 or not torch.equal(data[0], data[1])

@@ -63,6 +63,7 @@ class TestSession:
         data, _ = run_all(tmp_path, steps)
         assert states(data) == {"raises": FAILED, "dies": FAILED, "works": DONE}
         assert "planted" in data["steps"]["raises"]["why"]
+        assert 'File "bench/worker.py"' in data["steps"]["raises"]["why"]
         assert "exit code 7" in data["steps"]["dies"]["why"]
         assert [result["step"] for result in data["results"]] == ["raises", "dies", "works", "works"]
 

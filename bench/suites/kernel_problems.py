@@ -178,7 +178,8 @@ def make_problem(case: OpCase, batch: int, dtype: torch.dtype, device: torch.dev
     ]
     if batch > distinct:
         rows = torch.arange(batch, device=device) % distinct
-        inputs = {name: value[rows] if name in PER_PICTURE else value for name, value in inputs.items()}
+        repeated = {name: value[rows] for name, value in inputs.items() if name in PER_PICTURE and value is not None}
+        inputs = inputs | repeated
         grads = [grad[rows] for grad in grads]
     return Problem(case, batch, inputs, grads)
 
