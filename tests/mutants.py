@@ -37,6 +37,7 @@ SURVIVORS = TESTS / "mutants_survivors.toml"
 DEPTHWISE = ("depthwise_conv_gelu", "depthwise_conv_norm")
 USERS: dict[str, tuple[str, ...]] = {
     "depthwise_conv7": DEPTHWISE,
+    "depthwise_conv7_mma": DEPTHWISE,
     "depthwise_conv_gelu": ("depthwise_conv_gelu",),
     "depthwise_conv_gelu_backward": ("depthwise_conv_gelu",),
     "depthwise_weight_gradient": DEPTHWISE,

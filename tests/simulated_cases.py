@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from cuda_simulator import ORDERS, Order
-from op_calls import DTYPES, Inputs, Outputs, Solution, call, differentiable, lay_out, make_grad_outputs, solve
+from op_calls import Inputs, Outputs, Solution, call, differentiable, lay_out, make_grad_outputs, solve
 from simulated_ops import Extension, simulated
 
 from mra_kernels.testing import make_inputs
@@ -31,8 +31,12 @@ SHAPES: dict[str, list[tuple]] = {
         (1, 24, 24, 64),
         (1, 8, 9, 1024),
         (1, 32, 32, 128),
-        # So many pictures that a block has several rows: strips of 9, 9 and 7.
+        # So many pictures that a block has several rows: strips of 9, 9 and 7; on tensor cores four strips below each
+        # other, of 4, 4, 4 and 3 rows, two of 4 and 3, and one of 4.
         (130, 25, 3, 12),
+        (133, 15, 3, 8),
+        (133, 7, 33, 8),
+        (133, 4, 66, 8),
     ],
     "depthwise_conv_norm": [
         (2, 5, 6, 40),
@@ -47,8 +51,12 @@ SHAPES: dict[str, list[tuple]] = {
         (1, 8, 9, 768),
         (1, 3, 5, 1536),
         (1, 2, 3, 3072),
-        # So many pictures that a block has several rows: strips of 9, 9 and 7.
+        # So many pictures that a block has several rows: strips of 9, 9 and 7; on tensor cores four strips below each
+        # other, of 4, 4, 4 and 3 rows, two of 4 and 3, and one of 4.
         (130, 25, 3, 12),
+        (133, 15, 3, 8),
+        (133, 7, 33, 8),
+        (133, 4, 66, 8),
     ],
     # leading sizes, outputs, inputs of the low and of the high projection
     "gated_projection_add": [((2, 9), 24, 16, 8), ((1, 3, 5), 33, 17, 9), ((0, 4), 8, 8, 8), ((1, 64), 1024, 64, 96)],
@@ -145,12 +153,12 @@ def run(
 
 
 def main(library: str, orders: str, count: str, *ops: str) -> None:
-    """Runs the first `count` sizes of the ops in every dtype, aligned and not."""
+    """Runs the first `count` sizes of the ops, aligned and not. float16's code is bfloat16's."""
     torch.set_num_threads(1)
     on = Extension(Path(library))
     for op in ops:
         for dims in SHAPES[op][: int(count)]:
-            for dtype in DTYPES:
+            for dtype in (torch.float32, torch.bfloat16):
                 for layout in ("contiguous", "offset"):
                     for order in ORDERS[: int(orders)]:
                         print(op, dims, dtype, layout, order, flush=True)

@@ -4,13 +4,14 @@ Values and gradients against float64 by the rule of `mra_kernels.testing`, the s
 blocks, no atomics, silence of the sanitizers, and more elements than 32 bits count.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_simulator import ORDERS, build, run_python
-from op_calls import DTYPES, Route, check, threads
+from op_calls import DTYPES, Route, call, check, solve_exactly, threads
 from simulated_cases import LAYOUTS, SHAPES, operands, run
 from simulated_ops import FOLDER, extension, program, served_ops, simulated
 
@@ -67,6 +68,32 @@ def test_every_order_gives_the_same_bits(op: str, dims: tuple, dtype: torch.dtyp
             assert torch.equal(actual, first)
         for name, grad in solution.grads.items():
             assert torch.equal(grad, runs[0].grads[name]), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [24, 3])
+@pytest.mark.parametrize("op", ["depthwise_conv_gelu", "depthwise_conv_norm"])
+class TestNotFinite:
+    """On tensor cores a convolution multiplies what is further away by zeros, which leaves a NaN of it."""
+
+    def test_input_reaches_its_neighbors_alone(self, op: str, width: int, dtype: torch.dtype, value: float) -> None:
+        inputs, grad_outputs = operands(op, (1, 9, width, 16), dtype)
+        inputs["x"][0, 4, width // 2, 3] = value
+        exact = solve_exactly(op, inputs, grad_outputs, [])
+        with simulated():
+            outputs = call(op, "native", inputs)
+        for actual, expected in zip(outputs, exact.outputs, strict=True):
+            assert not (actual.isnan() & expected.isfinite()).any()
+            if math.isnan(value):
+                assert torch.equal(actual.isnan(), expected.isnan())
+
+    def test_gradient_reaches_its_neighbors_alone(self, op: str, width: int, dtype: torch.dtype, value: float) -> None:
+        inputs, grad_outputs = operands(op, (1, 9, width, 16), dtype)
+        grad_outputs[0][0, 4, width // 2, 3] = value
+        expected = solve_exactly(op, inputs, grad_outputs, ["x"]).grads["x"]
+        actual = run(op, inputs, grad_outputs).grads["x"]
+        assert torch.equal(actual.isfinite(), expected.isfinite())
 
 
 class TestSanitizers:

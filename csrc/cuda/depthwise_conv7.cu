@@ -6,14 +6,19 @@ namespace mra::cuda {
 
 void depthwise_conv7(const DepthwiseConv7& a) {
   if (a.batch * a.height * a.width * a.channels == 0) return;
-  const DepthwiseCut cut = DepthwiseCut::of(a.batch, a.height, a.width, a.channels);
   const DepthwiseMaps maps{a.x, a.weight, a.bias, a.constant, a.y, a.batch, a.height, a.width, a.channels, a.flipped};
-  with_depthwise(maps, cut, a.dtype, [&](auto problem, auto tile, auto vector) {
+  with_depthwise(maps, a.dtype, [&](auto problem, auto tile, auto vector, const DepthwiseCut& cut) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(problem.y)>>;
     using Tile = decltype(tile);
-    const auto kernel = depthwise_conv7_kernel<T, Tile, kDepthwiseStages, vector>;
-    MRA_LAUNCH(kernel, static_cast<unsigned>(cut.blocks(a.batch)), kDepthwiseThreads,
-               (depthwise_memory<T, Tile>(kernel)), a.stream, problem);
+    const auto launch = [&](auto kernel, int bytes) {
+      MRA_LAUNCH(kernel, static_cast<unsigned>(cut.blocks(a.batch)), Tile::kThreads, depthwise_memory(kernel, bytes),
+                 a.stream, problem);
+    };
+    if constexpr (Tile::kMma) {
+      launch(depthwise_conv7_mma_kernel<T, Tile>, Tile::kElements * sizeof(T));
+    } else {
+      launch(depthwise_conv7_kernel<T, Tile, kDepthwiseStages, vector>, depthwise_bytes<T, Tile, kDepthwiseStages>());
+    }
   });
 }
 

@@ -7,7 +7,8 @@
 // groups of 8 columns, of 128, 64 or 32 channels. Its input rows, halo included, wait in a ring in shared memory that
 // cp.async fills several rows ahead.
 //
-// 98 FLOPs and 4 bytes (bfloat16) an element: bound by the rate of FFMA.
+// 98 FLOPs and 8 bytes (float32) an element: bound by the rate of FFMA. For 16-bit elements there are tensor cores, see
+// depthwise_conv7_mma.cuh, unless an address or C does not allow accesses of 16 bytes.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -30,6 +31,8 @@ struct DepthwiseTile {
   static constexpr int kGroups = kTileGroups, kChannels = kThreads / kGroups;
   static constexpr int kColumns = kGroups * kOutputs;
   static constexpr int kInputColumns = kColumns + kSide - 1;
+  static constexpr int kStrips = 1;
+  static constexpr bool kMma = false;
 };
 
 // A convolution, and how its map is cut into blocks: channels first, then columns, strips of rows and pictures.
@@ -42,6 +45,7 @@ struct DepthwiseProblem {
   T* y;                   // [B, H, W, C]
   int height, width, channels;
   int rows;  // of a strip
+  // Strips count as one where a block has several of them below each other.
   int strips, column_tiles, channel_tiles;
   bool flipped;
 };
@@ -49,7 +53,7 @@ struct DepthwiseProblem {
 // A block's part of the map. Coordinates fit 32 bits, offsets need 64.
 struct DepthwisePart {
   int picture, strip, column_tile;
-  int row, rows, column, channel;  // `rows` rows from `row` on, and the tile's columns and channels
+  int row, rows, column, channel;  // `rows` rows from `row` on (of the first strip), the tile's columns and channels
 };
 
 template <class Tile, class T>
@@ -61,7 +65,7 @@ __device__ __forceinline__ DepthwisePart depthwise_part(const DepthwiseProblem<T
   part.column = part.column_tile * Tile::kColumns;
   block /= p.column_tiles;
   part.strip = block % p.strips;
-  part.row = part.strip * p.rows;
+  part.row = part.strip * p.rows * Tile::kStrips;
   part.rows = min(p.rows, p.height - part.row);
   part.picture = block / p.strips;
   return part;

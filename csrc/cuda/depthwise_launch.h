@@ -5,38 +5,44 @@
 
 #include "common/launch_cuda.h"
 #include "common/with_type.h"
-#include "cuda/depthwise_conv7.cuh"
+#include "cuda/depthwise_conv7_mma.cuh"
 
 namespace mra::cuda {
 
-// Rows in flight in a block's ring.
+// Rows in flight in the ring of a block that computes in float32.
 constexpr int kDepthwiseStages = 4;
 
-// The blocks that are resident on an H200. Cuts follow from the sizes alone, so that sums are the same on every device.
-constexpr int64_t kDepthwiseSlots = 132 * kDepthwiseBlocks;
-
+// How a map is cut into blocks. Cuts follow from the sizes alone, so that sums are the same on every device.
 struct DepthwiseCut {
-  int groups;    // of columns in a block: 1, 2 or 4
+  int split;     // a block's groups of columns; on tensor cores its strips
   int64_t rows;  // of a strip
   int64_t strips, column_tiles, channel_tiles;
+  int64_t parts;  // of a picture, whose sums are written apart
 
   int64_t blocks(int64_t batch) const { return batch * strips * column_tiles * channel_tiles; }
-  // Parts of a picture whose sums are written apart: each group of columns has its own.
-  int64_t parts() const { return strips * column_tiles * groups; }
 
   // The cut with the least time by a simple count: waves of blocks, each as long as its rows and what starting costs.
-  static DepthwiseCut of(int64_t batch, int64_t height, int64_t width, int64_t channels) {
+  static DepthwiseCut of(bool mma, int64_t batch, int64_t height, int64_t width, int64_t channels) {
+    constexpr int64_t kMultiprocessors = 132;  // of an H200
+    constexpr int64_t kMostRows = 64;
     // Halo rows, taps and the first rows' latency, in rows of work.
-    constexpr int64_t kStart = 4, kMostRows = 64;
+    const int64_t start = mma ? 12 : 4, slots = kMultiprocessors * (mma ? kMmaBlocks : kDepthwiseBlocks);
     DepthwiseCut best{};
     int64_t least = INT64_MAX;
-    for (const int groups : {4, 2, 1}) {
-      const int64_t columns = groups * kOutputs, lanes = kDepthwiseThreads / groups;
-      DepthwiseCut cut{groups, 0, 0, (width + columns - 1) / columns, (channels + lanes - 1) / lanes};
+    for (int i = 0; i < 3; ++i) {
+      // The one with the fewest halo columns first.
+      const int split = mma ? 1 << i : 4 >> i;
+      const int64_t block_columns = mma ? 128 / split : split * kOutputs, block_strips = mma ? split : 1;
+      const int64_t block_channels = mma ? kMmaThreads / 32 * 2 : kDepthwiseThreads / split;
+      DepthwiseCut cut{};
+      cut.split = split;
+      cut.column_tiles = (width + block_columns - 1) / block_columns;
+      cut.channel_tiles = (channels + block_channels - 1) / block_channels;
       for (cut.rows = 1; cut.rows <= std::min(height, kMostRows); ++cut.rows) {
-        cut.strips = (height + cut.rows - 1) / cut.rows;
-        const int64_t waves = (cut.blocks(batch) + kDepthwiseSlots - 1) / kDepthwiseSlots;
-        const int64_t time = waves * (cut.rows + kStart);
+        cut.strips = (height + block_strips * cut.rows - 1) / (block_strips * cut.rows);
+        cut.parts = cut.strips * cut.column_tiles * (mma ? 1 : split);
+        const int64_t waves = (cut.blocks(batch) + slots - 1) / slots;
+        const int64_t time = waves * (cut.rows + start);
         if (time >= least) continue;
         least = time;
         best = cut;
@@ -46,16 +52,14 @@ struct DepthwiseCut {
   }
 };
 
-// Lets a kernel have the shared memory that its tile needs; the bytes.
-template <class T, class Tile, class Kernel>
-int depthwise_memory(Kernel kernel) {
-  constexpr int kBytes = depthwise_bytes<T, Tile, kDepthwiseStages>();
-  if (kBytes > 48 << 10) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "cudaFuncSetAttribute");
+// Lets a kernel have the shared memory that its block needs; the bytes.
+template <class Kernel>
+int depthwise_memory(Kernel kernel, int bytes) {
+  if (bytes > 48 << 10) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
   }
-  return kBytes;
+  return bytes;
 }
-
 // What a convolution reads and writes, as the launch structures have it.
 struct DepthwiseMaps {
   const void* x;
@@ -67,18 +71,20 @@ struct DepthwiseMaps {
   bool flipped;
 };
 
-// Calls f(problem, tile, wide): what the kernel gets, and values whose types are its tile and whether channels are
-// copied 16 bytes at a time.
+// Calls f(problem, tile, count, cut): what the kernel gets, values whose types are its tile and the number of channels
+// that are copied at once, and how the map is cut. 16-bit elements go to the tensor cores where addresses allow it.
 template <class F>
-void with_depthwise(const DepthwiseMaps& m, const DepthwiseCut& cut, DType dtype, F f) {
-  if (m.width * m.channels >= INT32_MAX || m.height >= INT32_MAX - kTaps || cut.blocks(m.batch) >= INT32_MAX) {
-    throw std::runtime_error("depthwise 7x7 convolution: " + std::to_string(m.height) + " rows of " +
-                             std::to_string(m.width * m.channels) + " elements, in " +
-                             std::to_string(cut.blocks(m.batch)) +
-                             " blocks; each number must stay under 2^31. Split the batch or the channels.");
-  }
-  with_access(dtype, m.channels, {m.x}, [&](auto element, auto count) {
+void with_depthwise(const DepthwiseMaps& m, DType dtype, F f) {
+  with_access(dtype, m.channels, {m.x, m.y}, [&](auto element, auto count) {
     using T = decltype(element);
+    constexpr bool kMma = sizeof(T) == 2 && count > 1;
+    const DepthwiseCut cut = DepthwiseCut::of(kMma, m.batch, m.height, m.width, m.channels);
+    if (m.width * m.channels >= INT32_MAX || m.height >= INT32_MAX - kTaps || cut.blocks(m.batch) >= INT32_MAX) {
+      throw std::runtime_error("depthwise 7x7 convolution: " + std::to_string(m.height) + " rows of " +
+                               std::to_string(m.width * m.channels) + " elements, in " +
+                               std::to_string(cut.blocks(m.batch)) +
+                               " blocks; each number must stay under 2^31. Split the batch or the channels.");
+    }
     const DepthwiseProblem<T> problem{static_cast<const T*>(m.x),
                                       static_cast<const T*>(m.weight),
                                       static_cast<const T*>(m.bias),
@@ -92,9 +98,13 @@ void with_depthwise(const DepthwiseMaps& m, const DepthwiseCut& cut, DType dtype
                                       static_cast<int>(cut.column_tiles),
                                       static_cast<int>(cut.channel_tiles),
                                       m.flipped};
-    if (cut.groups == 4) return f(problem, DepthwiseTile<4>{}, count);
-    if (cut.groups == 2) return f(problem, DepthwiseTile<2>{}, count);
-    f(problem, DepthwiseTile<1>{}, count);
+    const auto with = [&](auto split) {
+      using Tile = std::conditional_t<kMma, DepthwiseMmaTile<split>, DepthwiseTile<split>>;
+      f(problem, Tile{}, count, cut);
+    };
+    if (cut.split == 4) return with(std::integral_constant<int, 4>{});
+    if (cut.split == 2) return with(std::integral_constant<int, 2>{});
+    with(std::integral_constant<int, 1>{});
   });
 }
 

@@ -122,9 +122,11 @@ void finish_collective(Warp& warp, const Fiber& caller) {
     if (caller.kind == Collective::kShuffle) {
       lanes[i].result = caller.mask >> lanes[i].source & 1 ? lanes[lanes[i].source].value : ~uint64_t{0};
     }
-    if (caller.kind == Collective::kGather) {
-      const uint64_t count = caller.value;
-      for (uint64_t j = 0; j < kWarpSize * count; ++j) lanes[i].gathered[j] = lanes[j / count].words[j % count];
+  }
+  if (caller.kind == Collective::kGather) {
+    const int count = static_cast<int>(caller.value);
+    for (int i = 0; i < warp.lanes; ++i) {
+      for (int j = 0; j < count; ++j) warp.gathered[i * count + j] = lanes[i].words[j];
     }
   }
   warp.arrived &= ~caller.mask;
@@ -141,7 +143,7 @@ void begin_block() {
   engine.ready.clear();
   engine.warps.clear();
   for (int first = 0; first < engine.threads; first += kWarpSize) {
-    engine.warps.push_back({first, std::min(kWarpSize, engine.threads - first), 0, {}, 0});
+    engine.warps.push_back({first, std::min(kWarpSize, engine.threads - first), 0, {}, 0, {}});
   }
   for (int i = 0; i < engine.threads; ++i) {
     Fiber& fiber = engine.fibers[i];
@@ -225,10 +227,11 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int sou
   return self.result;
 }
 
-void warp_gather(const uint64_t* words, int count, uint64_t* gathered, Place place) {
+const uint64_t* warp_gather(const uint64_t* words, int count, Place place) {
+  if (count > kMaxGathered) fail("a gather of more words than the engine has room for");
   engine.running->words = words;
-  engine.running->gathered = gathered;
   warp_collective(Collective::kGather, ~0u, static_cast<uint64_t>(count), 0, place);
+  return engine.warps[engine.running->warp].gathered;
 }
 
 int lane() { return engine.running->lane; }

@@ -13,6 +13,7 @@
 namespace cuda_simulator {
 
 constexpr int kWarpSize = 32;
+constexpr int kMaxGathered = 8;  // words of a lane
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 256 << 10;
 
@@ -62,7 +63,6 @@ struct Fiber {
   uint64_t value, result;
   int source;
   const uint64_t* words;  // in a gather
-  uint64_t* gathered;
   // Groups of asynchronous copies that have not landed; the last one is not committed yet.
   std::vector<std::vector<Copy>> copies;
 };
@@ -73,6 +73,7 @@ struct Warp {
   // What orders memory across __syncwarp, alternating.
   char moments[2];
   int moment;
+  uint64_t gathered[kWarpSize * kMaxGathered];  // the lanes' words of the last gather
 };
 
 struct SharedVariable {

@@ -86,7 +86,7 @@ __global__ void gram(const float* __restrict__ x, float* __restrict__ y) {
   const uint32_t a[4] = {pair(group, k), pair(group + 8, k), pair(group, k + 8), pair(group + 8, k + 8)};
   const uint32_t b[2] = {pair(group, k), pair(group, k + 8)};
   float d[4] = {};
-  cuda_simulator::mma_m16n8k16<__nv_bfloat16>(d, a, b);
+  cuda_simulator::mma_m16n8k16<__nv_bfloat16>(d, a, b, d);
   for (int i = 0; i < 4; ++i) y[(group + i / 2 * 8) * 8 + k + i % 2] = d[i];
 }
 

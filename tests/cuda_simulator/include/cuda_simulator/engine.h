@@ -28,8 +28,9 @@ enum class Collective { kSync, kShuffle, kBallot, kGather };
 // The lanes in `mask` meet. Returns nothing, the `value` of lane `source`, or a bit for each lane whose value is not 0.
 uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int source, Place place);
 
-// The lanes of a whole warp meet and see one another's `count` words, `gathered[lane * count + i]`.
-void warp_gather(const uint64_t* words, int count, uint64_t* gathered, Place place);
+// The lanes of a whole warp meet and see one another's `count` words, at lane * count + i of what is returned, until
+// the warp's next gather.
+const uint64_t* warp_gather(const uint64_t* words, int count, Place place);
 
 // Of the calling thread, in its warp.
 int lane();

@@ -31,6 +31,10 @@ inline long long max(long long a, long long b) { return a < b ? b : a; }
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 
+using std::isfinite;
+using std::isinf;
+using std::isnan;
+
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float normcdff(float x) { return 0.5f * erfcf(x * -0.70710678118654752440f); }
 inline float __expf(float x) { return expf(x); }
