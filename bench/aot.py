@@ -31,8 +31,8 @@ ARCHS = (80, 90, 100)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOWERS = (LARGE, XXLARGE)
 
-# An H200 by its data sheet: bytes and, on CUDA cores and on tensor cores, operations a second.
-BANDWIDTH, CUDA_CORES, TENSOR_CORES = 4.8e12, 67e12, 989e12
+# An H200 by its data sheet: bytes and, on tensor cores, operations a second.
+BANDWIDTH, TENSOR_CORES = 4.8e12, 989e12
 
 # Kernels, by language, name and architecture, that may keep something in local memory, and why. None on sm_90.
 ALLOWED_STACK: dict[tuple[str, str, int], str] = {
@@ -101,8 +101,12 @@ _LOOP_TAPS: dict[str, Callable[[Row, list[int]], int]] = {
     "depthwise_conv_gelu_kernel": lambda row, tile: 49 * 8,
     "depthwise_weight_gradient_kernel": lambda row, tile: 7 * tile[1] * 50 * 2,
 }
-# On tensor cores, 8 rows, 16 columns and 32 channels, each for 50 sums, of 8 warps' 32 products of 16 x 8 x 16.
-_MMA_USEFUL = {"depthwise_weight_gradient_mma_kernel": 8 * 16 * 32 * 50 / (8 * 32 * 2048)}
+_MMA_USEFUL = {
+    # 16 tiles of 8 columns, each for 49 taps, of 7 products of 16 x 8 x 16.
+    "depthwise_conv7_mma_kernel": 16 * 8 * 49 / (7 * 2048),
+    # 8 rows, 16 columns and 32 channels, each for 50 sums, of 8 warps' 32 products.
+    "depthwise_weight_gradient_mma_kernel": 8 * 16 * 32 * 50 / (8 * 32 * 2048),
+}
 
 
 class Spill(RuntimeError):
@@ -185,7 +189,7 @@ def _split(readable: str) -> tuple[str, str]:
     """`void mra::convolve<float, 3>(float const*, ...)` -> `convolve`, `float, 3`."""
     name = re.sub(r"\(anonymous namespace\)::", "", readable)
     match = re.match(r"(?:void )?(?:\w+::)*(\w+)(?:<(.*)>)?\(", name)
-    return (match[1], match[2] or "") if match else (readable, "")
+    return (match[1], (match[2] or "").strip()) if match else (readable, "")
 
 
 def _matches(name: str, only: Sequence[str]) -> bool:
@@ -199,6 +203,5 @@ def work() -> list[tuple[str, str, int, int | None, float]]:
         for case in cases(op, TOWERS):
             for direction in DIRECTIONS:
                 moved, flops = least_work(case, 1, torch.bfloat16, direction)
-                rate = CUDA_CORES if op.startswith("depthwise") else TENSOR_CORES
-                found.append((case.name, direction, moved, flops, max(moved / BANDWIDTH, (flops or 0) / rate)))
+                found.append((case.name, direction, moved, flops, max(moved / BANDWIDTH, (flops or 0) / TENSOR_CORES)))
     return found

@@ -64,8 +64,8 @@ def write(rows: Sequence[Row], file: Path) -> None:
         parts.append(figures([row for row in shown if row.language == language]))
     parts.append(
         "## Least work\n\nBytes that must move, each input read and each result written once, operations, and the "
-        "longer of their times\non an H200 by its data sheet (4.8 TB/s; 67 TFLOP/s on CUDA cores for depthwise, 989 on "
-        "tensor cores for products):\none picture of 1024 x 1024, bfloat16.\n"
+        "longer of their times\non an H200 by its data sheet (4.8 TB/s; 989 TFLOP/s on tensor cores): one picture of "
+        "1024 x 1024, bfloat16.\n"
     )
     parts.append(floors())
     file.write_text("\n".join(parts), encoding="utf-8")

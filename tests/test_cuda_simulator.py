@@ -62,6 +62,10 @@ WRONG_RESULTS: dict[str, tuple[str, Edit]] = {
         "prefix_sums",
         ("__shfl_up_sync(kAll", "__shfl_up_sync(1u << threadIdx.x % 32"),
     ),
+    "matrix loaded with another's rows": (
+        "symmetric_sums",
+        ("ldmatrix_x4(transposed, rows[threadIdx.x]", "ldmatrix_x4(transposed, rows[(threadIdx.x + 8) % 32]"),
+    ),
 }
 
 
@@ -74,6 +78,11 @@ def test_a_bug_makes_a_wrong_result_in_some_order(bug: str) -> None:
 
 
 BROKEN_RULES: dict[str, tuple[str, Edit, str]] = {
+    "matrix row that is not aligned": (
+        "symmetric_sums",
+        ("ldmatrix_x4(plain, rows[threadIdx.x]", "ldmatrix_x4(plain, rows[threadIdx.x] + 1"),
+        "a row of ldmatrix does not start at a multiple of 16 bytes.*kernel symmetric_sums",
+    ),
     "divergent barrier": (
         "row_sums",
         (SYNC, "  if (threadIdx.x < 32) __syncthreads();\n  else\n  " + SYNC),
@@ -166,6 +175,9 @@ REPORTED: dict[str, tuple[str, str, Edit, str]] = {
     "tile overwritten while others read it, as a race": ("thread", "tile_sums", (ADDED, ""), "data race"),
     "shuffle taken for a barrier": (
         "thread", "row_sums", (SYNC, SYNC.replace("__syncthreads()", "__shfl_sync(kAll, total, 0)")), "data race"
+    ),
+    "matrices loaded before others have written their rows": (
+        "thread", "symmetric_sums", ("  __syncwarp();\n  uint32_t plain", "  uint32_t plain"), "data race"
     ),
     "blocks write one address": ("thread", "atomic_sum", ("atomicAdd(y, ", "y[0] = ("), "data race"),
     "threads write one address": ("thread", "increment", (INCREMENT, "  y[i / 2] = x[i] + 1;"), "data race"),

@@ -28,6 +28,7 @@ SAMPLES = {
     "atomic_sum": Sample(4, 32, (1,), lambda x: x.sum().reshape(1)),
     "prefix_sums": Sample(1, 64, (64,), lambda x: x.reshape(2, 32).cumsum(1).reshape(64)),
     "gram": Sample(16, 16, (16, 8), lambda x: x @ x[:8].T),
+    "symmetric_sums": Sample(32, 8, (32, 8), lambda x: x + 2 * x.reshape(4, 8, 8).swapaxes(1, 2).reshape(32, 8)),
 }
 
 

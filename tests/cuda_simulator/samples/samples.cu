@@ -90,6 +90,22 @@ __global__ void gram(const float* __restrict__ x, float* __restrict__ y) {
   for (int i = 0; i < 4; ++i) y[(group + i / 2 * 8) * 8 + k + i % 2] = d[i];
 }
 
+// y = a + 2 a^T of each of four matrices a: [8, 8] below each other, loaded as a tensor core's operands are.
+__global__ void symmetric_sums(const float* __restrict__ x, float* __restrict__ y) {
+  __shared__ __align__(16) __nv_bfloat16 rows[32][8];
+  for (int i = 0; i < 8; ++i) rows[threadIdx.x][i] = __float2bfloat16(x[threadIdx.x * 8 + i]);
+  __syncwarp();
+  uint32_t plain[4], transposed[4];
+  cuda_simulator::ldmatrix_x4(plain, rows[threadIdx.x], false);
+  cuda_simulator::ldmatrix_x4(transposed, rows[threadIdx.x], true);
+  for (int i = 0; i < 8; ++i) {
+    const auto value = [&](const uint32_t (&m)[4]) {
+      return __bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(m[i / 2] >> 16 * (i % 2))));
+    };
+    y[(i / 2 * 8 + threadIdx.x / 4) * 8 + threadIdx.x % 4 * 2 + i % 2] = value(plain) + 2 * value(transposed);
+  }
+}
+
 extern "C" {
 
 int run_row_sums(const float* x, float* y, int rows, int columns) {
@@ -127,6 +143,11 @@ int run_prefix_sums(const float* x, float* y, int /*rows*/, int columns) {
 
 int run_gram(const float* x, float* y, int /*rows*/, int /*columns*/) {
   gram<<<1, 32>>>(x, y);
+  return cudaGetLastError();
+}
+
+int run_symmetric_sums(const float* x, float* y, int /*rows*/, int /*columns*/) {
+  symmetric_sums<<<1, 32>>>(x, y);
   return cudaGetLastError();
 }
 
