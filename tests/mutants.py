@@ -9,6 +9,7 @@ the contents of the file, so that an interrupted run goes on. A survivor must st
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -26,7 +27,7 @@ from threading import Lock
 import torch
 from cuda_simulator import ORDERS, BuildError, build, run_python
 from op_calls import DTYPES, Route, check
-from simulated_cases import SHAPES, operands, run
+from simulated_cases import SHAPES, check_not_finite, operands, run
 from simulated_ops import FOLDER, ROOT, Extension, program, simulated
 
 TESTS = Path(__file__).parent
@@ -155,6 +156,9 @@ def run_cases(library: Path, ops: list[str]) -> None:
     on = Extension(library)
     for dtype in DTYPES:
         for op in ops:
+            if op in DEPTHWISE:
+                for width in (24, 3):
+                    check_not_finite(op, width, dtype, math.nan, on)
             for number, dims in enumerate(SHAPES[op]):
                 with simulated(on):
                     check(op, Route("cpu", "native", dtype), *operands(op, dims, dtype))

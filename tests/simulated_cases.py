@@ -4,6 +4,7 @@ An op joins with its sizes, as `make_inputs` takes them; its first two are small
 size one or empty, with and without 16-byte accesses, and the models' channel counts on small maps.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -11,10 +12,20 @@ from pathlib import Path
 
 import torch
 from cuda_simulator import ORDERS, Order
-from op_calls import Inputs, Outputs, Solution, call, differentiable, lay_out, make_grad_outputs, solve
+from op_calls import (
+    Inputs,
+    Outputs,
+    Solution,
+    call,
+    differentiable,
+    lay_out,
+    make_grad_outputs,
+    solve,
+    solve_exactly,
+)
 from simulated_ops import Extension, simulated
 
-from mra_kernels.testing import make_inputs
+from mra_kernels.testing import make_inputs, relative_error
 
 SHAPES: dict[str, list[tuple]] = {
     # batch, channels, hidden
@@ -150,6 +161,38 @@ def run(
     """Forward and backward on the simulator."""
     with simulated(on, order):
         return solve(partial(call, op, "native"), inputs, grad_outputs, differentiable(op, inputs))
+
+
+def check_not_finite(op: str, width: int, dtype: torch.dtype, value: float, on: Extension | None = None) -> None:
+    """A number that is not finite, in a depthwise op's input or in a gradient, reaches its neighbors alone.
+
+    On tensor cores a convolution multiplies what is further away by zeros, which leaves a NaN of it.
+    """
+    inputs, grad_outputs = operands(op, (1, 9, width, 16), dtype)
+    place = (0, 4, width // 2, 3)
+    sound = inputs["x"].clone()
+    inputs["x"][place] = value
+    exact = solve_exactly(op, inputs, grad_outputs, [])
+    with simulated(on):
+        outputs = call(op, "native", inputs)
+    for actual, expected in zip(outputs, exact.outputs, strict=True):
+        assert not (actual.isnan() & expected.isfinite()).any()
+        if math.isnan(value):
+            assert torch.equal(actual.isnan(), expected.isnan())
+        _assert_near(actual, expected)
+
+    inputs["x"] = sound
+    grad_outputs[0][place] = value
+    expected = solve_exactly(op, inputs, grad_outputs, ["x"]).grads["x"]
+    actual = run(op, inputs, grad_outputs, on).grads["x"]
+    assert torch.equal(actual.isfinite(), expected.isfinite())
+    _assert_near(actual, expected)
+
+
+def _assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Where both are finite."""
+    finite = actual.isfinite() & expected.isfinite()
+    assert relative_error(actual[finite], expected[finite]) < 1e-2
 
 
 def main(library: str, orders: str, count: str, *ops: str) -> None:

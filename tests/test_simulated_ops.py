@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_simulator import ORDERS, build, run_python
-from op_calls import DTYPES, Route, call, check, solve_exactly, threads
-from simulated_cases import LAYOUTS, SHAPES, operands, run
+from op_calls import DTYPES, Route, check, threads
+from simulated_cases import LAYOUTS, SHAPES, check_not_finite, operands, run
 from simulated_ops import FOLDER, extension, program, served_ops, simulated
 
 TESTS = Path(__file__).parent
@@ -74,26 +74,8 @@ def test_every_order_gives_the_same_bits(op: str, dims: tuple, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [24, 3])
 @pytest.mark.parametrize("op", ["depthwise_conv_gelu", "depthwise_conv_norm"])
-class TestNotFinite:
-    """On tensor cores a convolution multiplies what is further away by zeros, which leaves a NaN of it."""
-
-    def test_input_reaches_its_neighbors_alone(self, op: str, width: int, dtype: torch.dtype, value: float) -> None:
-        inputs, grad_outputs = operands(op, (1, 9, width, 16), dtype)
-        inputs["x"][0, 4, width // 2, 3] = value
-        exact = solve_exactly(op, inputs, grad_outputs, [])
-        with simulated():
-            outputs = call(op, "native", inputs)
-        for actual, expected in zip(outputs, exact.outputs, strict=True):
-            assert not (actual.isnan() & expected.isfinite()).any()
-            if math.isnan(value):
-                assert torch.equal(actual.isnan(), expected.isnan())
-
-    def test_gradient_reaches_its_neighbors_alone(self, op: str, width: int, dtype: torch.dtype, value: float) -> None:
-        inputs, grad_outputs = operands(op, (1, 9, width, 16), dtype)
-        grad_outputs[0][0, 4, width // 2, 3] = value
-        expected = solve_exactly(op, inputs, grad_outputs, ["x"]).grads["x"]
-        actual = run(op, inputs, grad_outputs).grads["x"]
-        assert torch.equal(actual.isfinite(), expected.isfinite())
+def test_what_is_not_finite_stays_local(op: str, width: int, dtype: torch.dtype, value: float) -> None:
+    check_not_finite(op, width, dtype, value)
 
 
 class TestSanitizers:
