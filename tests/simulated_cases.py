@@ -48,6 +48,8 @@ SHAPES: dict[str, list[tuple]] = {
         (133, 15, 3, 8),
         (133, 7, 33, 8),
         (133, 4, 66, 8),
+        # On tensor cores two tiles of columns.
+        (2, 3, 150, 8),
     ],
     "depthwise_conv_norm": [
         (2, 5, 6, 40),
@@ -68,6 +70,8 @@ SHAPES: dict[str, list[tuple]] = {
         (133, 15, 3, 8),
         (133, 7, 33, 8),
         (133, 4, 66, 8),
+        # On tensor cores two tiles of columns.
+        (2, 3, 150, 8),
     ],
     # leading sizes, outputs, inputs of the low and of the high projection
     "gated_projection_add": [((2, 9), 24, 16, 8), ((1, 3, 5), 33, 17, 9), ((0, 4), 8, 8, 8), ((1, 64), 1024, 64, 96)],
