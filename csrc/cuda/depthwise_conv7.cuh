@@ -71,6 +71,15 @@ __device__ __forceinline__ DepthwisePart depthwise_part(const DepthwiseProblem<T
   return part;
 }
 
+// What is added to a channel's convolution.
+template <class T>
+__device__ __forceinline__ float depthwise_start(const DepthwiseProblem<T>& p, int picture, int channel) {
+  float start = 0;
+  if (p.bias != nullptr) start = to_float(p.bias[channel]);
+  if (p.constant != nullptr) start += p.constant[static_cast<int64_t>(picture) * p.channels + channel];
+  return start;
+}
+
 // The block's input rows in shared memory: [kStages, kInputColumns, kChannels], filled kVector elements at a time.
 template <class T, class Tile, int kStages, int kVector>
 class RowRing {
@@ -163,12 +172,7 @@ __device__ __forceinline__ void depthwise_march(const DepthwiseProblem<T>& p, co
   float taps[kTaps];
 #pragma unroll
   for (int i = 0; i < kTaps; ++i) taps[i] = block_taps[channel * kTaps + (p.flipped ? kTaps - 1 - i : i)];
-  float start = 0;
-  if (channel < channels) {
-    const int c = part.channel + channel;
-    if (p.bias != nullptr) start = to_float(p.bias[c]);
-    if (p.constant != nullptr) start += p.constant[static_cast<int64_t>(part.picture) * p.channels + c];
-  }
+  const float start = channel < channels ? depthwise_start(p, part.picture, part.channel + channel) : 0.0f;
 
   // sums[k]: those of the row that is complete after k more input rows.
   float sums[kSide][kOutputs] = {};

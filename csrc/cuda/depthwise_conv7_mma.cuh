@@ -165,10 +165,7 @@ __device__ __forceinline__ void depthwise_mma_march(const DepthwiseProblem<T>& p
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int c = part.channel + 2 * warp + i;
-    start[i] = p.bias != nullptr && c < p.channels ? to_float(p.bias[c]) : 0.0f;
-    if (p.constant != nullptr && c < p.channels) {
-      start[i] += p.constant[static_cast<int64_t>(part.picture) * p.channels + c];
-    }
+    start[i] = c < p.channels ? depthwise_start(p, part.picture, c) : 0.0f;
   }
 
   // To transpose: a warp takes two eights of pixels and both vectors of 8 channels; of the matrix of eight e and vector
@@ -273,8 +270,7 @@ __device__ __forceinline__ void depthwise_mma_repair(const DepthwiseProblem<T>& 
       if (x >= p.width) break;
       T& out = p.y[((picture + y) * p.width + x) * p.channels + c];
       if (!isnan(to_float(out))) continue;
-      float sum = p.bias != nullptr ? to_float(p.bias[c]) : 0.0f;
-      if (p.constant != nullptr) sum += p.constant[static_cast<int64_t>(part.picture) * p.channels + c];
+      float sum = depthwise_start(p, part.picture, c);
 #pragma unroll 1
       for (int tap = 0; tap < kTaps; ++tap) {
         const int from_y = y + tap / kSide - kHalo, from_x = x + tap % kSide - kHalo;

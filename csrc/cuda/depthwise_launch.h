@@ -12,6 +12,9 @@ namespace mra::cuda {
 // Rows in flight in the ring of a block that computes in float32.
 constexpr int kDepthwiseStages = 4;
 
+// Of a strip.
+constexpr int64_t kMostRows = 64;
+
 // How a map is cut into blocks. Cuts follow from the sizes alone, so that sums are the same on every device.
 struct DepthwiseCut {
   int split;     // a block's groups of columns; on tensor cores its strips
@@ -24,7 +27,6 @@ struct DepthwiseCut {
   // The cut with the least time by a simple count: waves of blocks, each as long as its rows and what starting costs.
   static DepthwiseCut of(bool mma, int64_t batch, int64_t height, int64_t width, int64_t channels) {
     constexpr int64_t kMultiprocessors = 132;  // of an H200
-    constexpr int64_t kMostRows = 64;
     // Halo rows, taps and the first rows' latency, in rows of work.
     const int64_t start = mma ? 12 : 4, slots = kMultiprocessors * (mma ? kMmaBlocks : kDepthwiseBlocks);
     DepthwiseCut best{};
@@ -79,7 +81,8 @@ void with_depthwise(const DepthwiseMaps& m, DType dtype, F f) {
     using T = decltype(element);
     constexpr bool kMma = sizeof(T) == 2 && count > 1;
     const DepthwiseCut cut = DepthwiseCut::of(kMma, m.batch, m.height, m.width, m.channels);
-    if (m.width * m.channels >= INT32_MAX || m.height >= INT32_MAX - kTaps || cut.blocks(m.batch) >= INT32_MAX) {
+    if (m.width * m.channels >= INT32_MAX || m.height >= INT32_MAX - 5 * kMostRows ||
+        cut.blocks(m.batch) >= INT32_MAX) {
       throw std::runtime_error("depthwise 7x7 convolution: " + std::to_string(m.height) + " rows of " +
                                std::to_string(m.width * m.channels) + " elements, in " +
                                std::to_string(cut.blocks(m.batch)) +
