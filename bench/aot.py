@@ -102,10 +102,9 @@ _LOOP_TAPS: dict[str, Callable[[Row, list[int]], int]] = {
     "depthwise_weight_gradient_kernel": lambda row, tile: 7 * tile[1] * 50 * 2,
 }
 _MMA_USEFUL = {
-    # 16 tiles of 8 columns, each for 49 taps, of 7 products of 16 x 8 x 16.
+    # 16 tiles of 8 columns, each for 49 taps, of 7 products of 16 x 8 x 16; their gradient has the bias's, too.
     "depthwise_conv7_mma_kernel": 16 * 8 * 49 / (7 * 2048),
-    # 8 rows, 16 columns and 32 channels, each for 50 sums, of 8 warps' 32 products.
-    "depthwise_weight_gradient_mma_kernel": 8 * 16 * 32 * 50 / (8 * 32 * 2048),
+    "depthwise_weight_gradient_mma_kernel": 16 * 8 * 50 / (7 * 2048),
 }
 
 

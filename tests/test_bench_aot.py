@@ -114,16 +114,11 @@ def test_warps_that_run_at_once(registers: int, shared: int, warps: int) -> None
     [
         ("depthwise_conv7_kernel", "float, mra::cuda::DepthwiseTile<4>, 4, 4", 392, 1.0),
         ("depthwise_conv_gelu_kernel", "float, mra::cuda::DepthwiseTile<4>, 4, 4", 448, 0.875),
-        ("depthwise_weight_gradient_kernel", "__half, mra::cuda::WeightGradientTile<8, 4>, true, 1", 2800, 1.0),
+        ("depthwise_weight_gradient_kernel", "float, mra::cuda::WeightGradientTile<4, 4>, true, 2", 2800, 1.0),
         ("_convolve", "ROWS 8, COLUMNS 16, CHANNELS 64, 4 warps; bfloat16", 896, 0.5),
         ("_parameter_gradients", "ROWS 2, COLUMNS 4, CHANNELS 64, 4 warps; bfloat16", 392, 0.5),
         ("depthwise_conv7_mma_kernel", "__half, mra::cuda::DepthwiseMmaTile<1>", 0, 0.4375),
-        (
-            "depthwise_weight_gradient_mma_kernel",
-            "__half, mra::cuda::WeightGradientMmaTile<4, 1, 6>, true",
-            0,
-            0.390625,
-        ),
+        ("depthwise_weight_gradient_mma_kernel", "__half, mra::cuda::DepthwiseMmaTile<1>", 0, 6400 / 14336),
         ("_layer_norm", "ROWS 8, COLUMNS 256, 8 warps; bfloat16", 38, None),
     ],
 )

@@ -56,18 +56,18 @@ struct DepthwisePart {
   int row, rows, column, channel;  // `rows` rows from `row` on (of the first strip), the tile's columns and channels
 };
 
+// unit: a column tile of a strip of a picture.
 template <class Tile, class T>
-__device__ __forceinline__ DepthwisePart depthwise_part(const DepthwiseProblem<T>& p, int block) {
+__device__ __forceinline__ DepthwisePart depthwise_part(const DepthwiseProblem<T>& p, int unit, int channel_tile) {
   DepthwisePart part;
-  part.channel = block % p.channel_tiles * Tile::kChannels;
-  block /= p.channel_tiles;
-  part.column_tile = block % p.column_tiles;
+  part.channel = channel_tile * Tile::kChannels;
+  part.column_tile = unit % p.column_tiles;
   part.column = part.column_tile * Tile::kColumns;
-  block /= p.column_tiles;
-  part.strip = block % p.strips;
+  unit /= p.column_tiles;
+  part.strip = unit % p.strips;
   part.row = part.strip * p.rows * Tile::kStrips;
   part.rows = min(p.rows, p.height - part.row);
-  part.picture = block / p.strips;
+  part.picture = unit / p.strips;
   return part;
 }
 
@@ -210,11 +210,17 @@ __device__ __forceinline__ void depthwise_march(const DepthwiseProblem<T>& p, co
   }
 }
 
+// The part of a block of a grid that covers channels first.
+template <class Tile, class T>
+__device__ __forceinline__ DepthwisePart depthwise_part(const DepthwiseProblem<T>& p) {
+  return depthwise_part<Tile>(p, blockIdx.x / p.channel_tiles, blockIdx.x % p.channel_tiles);
+}
+
 // y = bias + constant + the convolution.
 template <class T, class Tile, int kStages, int kVector>
 __global__ void __launch_bounds__(Tile::kThreads, kDepthwiseBlocks) depthwise_conv7_kernel(DepthwiseProblem<T> p) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const DepthwisePart part = depthwise_part<Tile>(p, blockIdx.x);
+  const DepthwisePart part = depthwise_part<Tile>(p);
   const int channel = part.channel + threadIdx.x % Tile::kChannels;
   const int column = part.column + threadIdx.x / Tile::kChannels * kOutputs;
   const int columns = channel < p.channels ? p.width - column : 0;

@@ -66,36 +66,35 @@ struct DepthwiseMmaTile {
 // A number that the compiler cannot compute again where it is used: kept in a register instead.
 __device__ __forceinline__ int pinned(int value) { return __shfl_sync(0xffffffffu, value, threadIdx.x % 32); }
 
-// The copies of a block's input rows to the ring, a row of each of its strips at a time: 16 bytes a thread, and 16 more
-// of the first warps', kThreads / 2 pixels further on.
+// The copies of a block's rows to the ring, a row of each of its strips at a time, halo included: 16 bytes a thread,
+// and 16 more of the first warps', kThreads / 2 pixels further on.
 template <class T, class Tile>
 class DepthwiseMmaRows {
  public:
   __device__ __forceinline__ DepthwiseMmaRows(const DepthwiseProblem<T>& p, const DepthwisePart& part, T* ring)
       : p_(p), ring_(ring + pinned(Tile::in_ring(threadIdx.x / 2, threadIdx.x % 2))) {
     const int pixel = threadIdx.x / 2, channel = part.channel + threadIdx.x % 2 * 8;
-    const int column = part.column - kHalo + pixel % kStripPixels;
     row_ = part.row - kHalo + pixel / kStripPixels * p.rows;
+    const int column = part.column - kHalo + pixel % kStripPixels;
     from_ = p.x + ((static_cast<int64_t>(part.picture) * p.height + row_) * p.width + column) * p.channels + channel;
-    inside_ = channel < p.channels && column >= 0 && column < p.width;
-    more_inside_ = channel < p.channels && column + kMoreColumns >= 0 && column + kMoreColumns < p.width;
+    const auto inside = [&](int first) { return channel < p.channels && first >= 0 && first < p.width; };
+    inside_[0] = inside(column);
+    inside_[1] = inside(column + kMoreColumns);
+    other_inside_[0] = inside(column + kHalo);
+    other_inside_[1] = inside(column + kHalo + kMoreColumns);
   }
 
   // Starts to copy the next row of each strip to a stage of the ring; zeros outside the map.
-  __device__ __forceinline__ void copy_next(int stage) {
-    const auto copy = [&](T* to, const T* from, int row, bool inside) {
-      inside = inside && static_cast<unsigned>(row) < static_cast<unsigned>(p_.height);
-      __pipeline_memcpy_async(to, from, 16, inside ? 0 : 16);
-    };
-    const int64_t row_elements = p_.width * p_.channels;
-    copy(ring_ + stage, from_, row_, inside_);
-    if (threadIdx.x < 2 * kMorePixels) {
-      const int rows = kMoreStrips * p_.rows;
-      copy(ring_ + stage + 8 * Tile::kThreads, from_ + rows * row_elements + int64_t{kMoreColumns} * p_.channels,
-           row_ + rows, more_inside_);
-    }
+  __device__ __forceinline__ void copy(int stage) const { copy(stage, 0, 0, inside_); }
+
+  // The same from kHalo rows and columns further on, in a map that lies `bytes` behind that of the same place in x.
+  __device__ __forceinline__ void copy_other(int stage, int64_t bytes) const {
+    copy(stage, bytes, kHalo, other_inside_);
+  }
+
+  __device__ __forceinline__ void advance() {
     ++row_;
-    from_ += row_elements;
+    from_ += p_.width * p_.channels;
   }
 
  private:
@@ -104,12 +103,59 @@ class DepthwiseMmaRows {
   static constexpr int kMoreStrips = kPixels / kStripPixels, kMoreColumns = kPixels % kStripPixels;
   static_assert(kMorePixels % 16 == 0 && (kMorePixels + kMoreColumns <= kStripPixels || Tile::kStrips == 1),
                 "whole warps copy more, of one strip");
+  __device__ __forceinline__ void copy(int stage, int64_t bytes, int rows, const bool (&inside)[2]) const {
+    const auto copy_vector = [&](T* to, int64_t elements, int row, bool inside) {
+      inside = inside && static_cast<unsigned>(row) < static_cast<unsigned>(p_.height);
+      const auto from = reinterpret_cast<uintptr_t>(from_ + elements) + bytes;
+      __pipeline_memcpy_async(to, reinterpret_cast<const T*>(from), 16, inside ? 0 : 16);
+    };
+    copy_vector(ring_ + stage, 0, row_ + rows, inside[0]);
+    if (threadIdx.x < 2 * kMorePixels) {
+      const int more_rows = kMoreStrips * p_.rows;
+      const int64_t row_elements = p_.width * p_.channels;
+      copy_vector(ring_ + stage + 8 * Tile::kThreads, more_rows * row_elements + int64_t{kMoreColumns} * p_.channels,
+                  row_ + rows + more_rows, inside[1]);
+    }
+  }
 
   const DepthwiseProblem<T>& p_;
   T* const ring_;
   const T* from_;
   int row_;
-  bool inside_, more_inside_;
+  bool inside_[2], other_inside_[2];
+};
+
+// Transposes rows of the ring: a warp takes two eights of pixels and both vectors of 8 channels; of the matrix of eight
+// e and vector v a thread gets channel 8 v + g of pixels 2t and 2t + 1.
+template <class T, class Tile>
+class DepthwiseMmaTranspose {
+ public:
+  __device__ __forceinline__ DepthwiseMmaTranspose(const T* ring, T* transposed) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    pixels_ = ring + pinned(Tile::in_ring(16 * warp + lane / 16 * 8 + lane % 8, lane / 8 % 2));
+    const int column = pinned(Tile::in_transposed(g, 2 * warp) + 2 * t);
+    columns_[0] = transposed + column;
+    columns_[1] = transposed + (column ^ 8);
+  }
+
+  // Of the row `from` elements into the ring, `to` elements into what is transposed.
+  __device__ __forceinline__ void operator()(int from, int to) const {
+#pragma unroll
+    for (int first = 0; first < Tile::kEights; first += 2 * Tile::kWarps) {
+      if (first + 2 * Tile::kWarps > Tile::kEights && first + threadIdx.x / 32 * 2 >= Tile::kEights) break;
+      uint32_t m[4];
+      load_transposed(m, pixels_ + from + first * 8 * Tile::kChannels);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        T* out = columns_[i / 2] + to + i % 2 * 8 * Tile::kChannelRow + first * 8;
+        *reinterpret_cast<uint32_t*>(out) = m[i];
+      }
+    }
+  }
+
+ private:
+  const T* pixels_;
+  T* columns_[2];
 };
 
 // The seven band matrices of a warp's two channels.
@@ -156,7 +202,7 @@ __device__ __forceinline__ void depthwise_mma_march(const DepthwiseProblem<T>& p
   DepthwiseMmaRows<T, Tile> rows(p, part, ring);
 #pragma unroll 1
   for (int i = 0; i < kMmaStages; ++i) {
-    if (i < input_rows) rows.copy_next(i * Tile::kRow);
+    if (i < input_rows) rows.copy(i * Tile::kRow), rows.advance();
     __pipeline_commit();
   }
   uint2 bands[2][kSide];
@@ -168,24 +214,7 @@ __device__ __forceinline__ void depthwise_mma_march(const DepthwiseProblem<T>& p
     start[i] = c < p.channels ? depthwise_start(p, part.picture, c) : 0.0f;
   }
 
-  // To transpose: a warp takes two eights of pixels and both vectors of 8 channels; of the matrix of eight e and vector
-  // v a thread gets channel 8 v + g of pixels 2t and 2t + 1.
-  const T* const pixels = ring + pinned(Tile::in_ring(16 * warp + lane / 16 * 8 + lane % 8, lane / 8 % 2));
-  const int column = pinned(Tile::in_transposed(g, 2 * warp) + 2 * t);
-  T* const columns[2] = {transposed + column, transposed + (column ^ 8)};
-  const auto transpose = [&](int stage, int buffer) {
-#pragma unroll
-    for (int first = 0; first < Tile::kEights; first += 2 * Tile::kWarps) {
-      if (first + 2 * Tile::kWarps > Tile::kEights && first + 2 * warp >= Tile::kEights) break;
-      uint32_t m[4];
-      load_transposed(m, pixels + stage + first * 8 * Tile::kChannels);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        T* to = columns[i / 2] + buffer * Tile::kTransposed + i % 2 * 8 * Tile::kChannelRow + first * 8;
-        *reinterpret_cast<uint32_t*>(to) = m[i];
-      }
-    }
-  };
+  const DepthwiseMmaTranspose<T, Tile> transpose(ring, transposed);
 
   // A product's rows: the lane names the first or second eight inputs of tile lane % 16.
   const int input = lane % 16 + Tile::strip(lane % 16) + lane / 16;
@@ -222,7 +251,7 @@ __device__ __forceinline__ void depthwise_mma_march(const DepthwiseProblem<T>& p
       if (i + buffer >= input_rows) break;
       __pipeline_wait_prior(kMmaStages - 2);
       __syncthreads();
-      if (i + buffer + kMmaStages < input_rows) rows.copy_next(stage);
+      if (i + buffer + kMmaStages < input_rows) rows.copy(stage), rows.advance();
       __pipeline_commit();
       stage = stage + Tile::kRow == kMmaStages * Tile::kRow ? 0 : stage + Tile::kRow;
       const int row = i + buffer - (kSide - 1);
@@ -232,7 +261,7 @@ __device__ __forceinline__ void depthwise_mma_march(const DepthwiseProblem<T>& p
       uint32_t inputs[4];
       load_matrices(inputs, inputs_at[0] + buffer * Tile::kTransposed);
       // After the last row this is an old one, which nothing uses.
-      transpose(stage, 1 - buffer);
+      transpose(stage, (1 - buffer) * Tile::kTransposed);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         if (c > 0) load_matrices(inputs, inputs_at[c] + buffer * Tile::kTransposed);
@@ -287,7 +316,7 @@ __device__ __forceinline__ void depthwise_mma_repair(const DepthwiseProblem<T>& 
 template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kMmaBlocks) depthwise_conv7_mma_kernel(DepthwiseProblem<T> p) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const DepthwisePart part = depthwise_part<Tile>(p, blockIdx.x);
+  const DepthwisePart part = depthwise_part<Tile>(p);
   float zero = 0;  // NaN after a sum that is not finite
   depthwise_mma_march<T, Tile>(
       p, part, memory, [](int, int, const uint32_t (&)[4]) {},

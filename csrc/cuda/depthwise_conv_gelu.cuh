@@ -13,7 +13,7 @@ template <class T, class Tile, int kStages, int kVector>
 __global__ void __launch_bounds__(Tile::kThreads, kDepthwiseBlocks)
     depthwise_conv_gelu_kernel(DepthwiseProblem<T> p, float* __restrict__ partial, float share) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const DepthwisePart part = depthwise_part<Tile>(p, blockIdx.x);
+  const DepthwisePart part = depthwise_part<Tile>(p);
   const int channel = part.channel + threadIdx.x % Tile::kChannels, group = threadIdx.x / Tile::kChannels;
   const int column = part.column + group * kOutputs;
   const int columns = channel < p.channels ? p.width - column : 0;
@@ -67,7 +67,7 @@ template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kMmaBlocks)
     depthwise_conv_gelu_mma_kernel(DepthwiseProblem<T> p, float* __restrict__ partial, float share) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const DepthwisePart part = depthwise_part<Tile>(p, blockIdx.x);
+  const DepthwisePart part = depthwise_part<Tile>(p);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   T one;
   from_float(1.0f, one);

@@ -62,6 +62,7 @@ int depthwise_memory(Kernel kernel, int bytes) {
   }
   return bytes;
 }
+
 // What a convolution reads and writes, as the launch structures have it.
 struct DepthwiseMaps {
   const void* x;
@@ -73,8 +74,32 @@ struct DepthwiseMaps {
   bool flipped;
 };
 
-// Calls f(problem, tile, count, cut): what the kernel gets, values whose types are its tile and the number of channels
-// that are copied at once, and how the map is cut. 16-bit elements go to the tensor cores where addresses allow it.
+// Calls f(problem, tile): what a kernel gets, and a value whose type is its tile, of tensor cores or not.
+template <class T, bool kMma, class F>
+void with_depthwise_tile(const DepthwiseMaps& m, const DepthwiseCut& cut, F f) {
+  const DepthwiseProblem<T> problem{static_cast<const T*>(m.x),
+                                    static_cast<const T*>(m.weight),
+                                    static_cast<const T*>(m.bias),
+                                    m.constant,
+                                    static_cast<T*>(m.y),
+                                    static_cast<int>(m.height),
+                                    static_cast<int>(m.width),
+                                    static_cast<int>(m.channels),
+                                    static_cast<int>(cut.rows),
+                                    static_cast<int>(cut.strips),
+                                    static_cast<int>(cut.column_tiles),
+                                    static_cast<int>(cut.channel_tiles),
+                                    m.flipped};
+  const auto with = [&](auto split) {
+    f(problem, std::conditional_t<kMma, DepthwiseMmaTile<split>, DepthwiseTile<split>>{});
+  };
+  if (cut.split == 4) return with(std::integral_constant<int, 4>{});
+  if (cut.split == 2) return with(std::integral_constant<int, 2>{});
+  with(std::integral_constant<int, 1>{});
+}
+
+// Calls f(problem, tile, count, cut) for a convolution: `count` is a value whose type is the number of channels that
+// are copied at once. 16-bit elements go to the tensor cores where addresses allow it.
 template <class F>
 void with_depthwise(const DepthwiseMaps& m, DType dtype, F f) {
   with_access(dtype, m.channels, {m.x, m.y}, [&](auto element, auto count) {
@@ -88,26 +113,7 @@ void with_depthwise(const DepthwiseMaps& m, DType dtype, F f) {
                                std::to_string(cut.blocks(m.batch)) +
                                " blocks; each number must stay under 2^31. Split the batch or the channels.");
     }
-    const DepthwiseProblem<T> problem{static_cast<const T*>(m.x),
-                                      static_cast<const T*>(m.weight),
-                                      static_cast<const T*>(m.bias),
-                                      m.constant,
-                                      static_cast<T*>(m.y),
-                                      static_cast<int>(m.height),
-                                      static_cast<int>(m.width),
-                                      static_cast<int>(m.channels),
-                                      static_cast<int>(cut.rows),
-                                      static_cast<int>(cut.strips),
-                                      static_cast<int>(cut.column_tiles),
-                                      static_cast<int>(cut.channel_tiles),
-                                      m.flipped};
-    const auto with = [&](auto split) {
-      using Tile = std::conditional_t<kMma, DepthwiseMmaTile<split>, DepthwiseTile<split>>;
-      f(problem, Tile{}, count, cut);
-    };
-    if (cut.split == 4) return with(std::integral_constant<int, 4>{});
-    if (cut.split == 2) return with(std::integral_constant<int, 2>{});
-    with(std::integral_constant<int, 1>{});
+    with_depthwise_tile<T, kMma>(m, cut, [&](auto problem, auto tile) { f(problem, tile, count, cut); });
   });
 }
 

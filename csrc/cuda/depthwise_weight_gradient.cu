@@ -1,8 +1,7 @@
 // Host side of the taps' gradient: cuts the work and launches both stages.
 #include <algorithm>
 
-#include "common/launch_cuda.h"
-#include "cuda/depthwise_weight_gradient.cuh"
+#include "cuda/depthwise_launch.h"
 #include "cuda/depthwise_weight_gradient.h"
 #include "cuda/depthwise_weight_gradient_mma.cuh"
 
@@ -24,61 +23,64 @@ int multiprocessors() {
   return count;
 }
 
-// Cuts a map into columns and rows of work, and launches the first stage; the number of parts that it leaves in
-// a.partial: [parts, kSums, C].
-template <class T, class Kernel>
-int sum_blocks(const DepthwiseWeightGradient& a, Kernel kernel, int threads, int bytes, int block_channels,
-               int blocks_each, int tile_rows, int tile_columns) {
-  const int64_t strips = (a.width + tile_columns - 1) / tile_columns;
-  const int64_t rows = a.batch * strips * ((a.height + tile_rows - 1) / tile_rows);
-  if (a.width * a.channels >= INT32_MAX || a.height >= INT32_MAX - kTaps || rows >= INT32_MAX) {
+// How many parts `units` of work are cut into, where as many blocks as `blocks_each` fit on a multiprocessor.
+int parts_of(const DepthwiseWeightGradient& a, int64_t units, int block_channels, int blocks_each) {
+  if (a.width * a.channels >= INT32_MAX || a.height >= INT32_MAX - 5 * kMostRows || units >= INT32_MAX) {
     throw std::runtime_error("depthwise weight gradient: " + std::to_string(a.height) + " rows of " +
-                             std::to_string(a.width * a.channels) + " elements, " + std::to_string(rows) +
-                             " rows of work; each number must stay under 2^31. Split the batch or the channels.");
+                             std::to_string(a.width * a.channels) + " elements, " + std::to_string(units) +
+                             " units of work; each number must stay under 2^31. Split the batch or the channels.");
   }
-  if (rows == 0) return 0;
   const int64_t groups = (a.channels + block_channels - 1) / block_channels;
   const int64_t blocks = std::min<int64_t>(kMaxBlocks, multiprocessors() * blocks_each);
-  const int parts = static_cast<int>(std::min(rows, std::max<int64_t>(1, blocks / groups)));
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  return static_cast<int>(std::min(units, std::max<int64_t>(1, blocks / groups)));
+}
+
+// The first stage on the float32 units; the number of parts that it leaves in a.partial: [parts, kSums, C].
+template <class T, bool kWide>
+int sum_by_fma(const DepthwiseWeightGradient& a) {
+  using Tile = WeightGradientTile<4, 4>;
+  constexpr int kBlocks = 2;
+  constexpr int kBytes = std::max<int>(Tile::kSlots * Tile::kSlot * sizeof(T), Tile::kExchange * sizeof(float));
+  const int64_t strips = (a.width + Tile::kColumns - 1) / Tile::kColumns, rows = a.batch * strips * a.height;
+  const int parts = parts_of(a, rows, kBlockChannels, kBlocks);
+  if (parts == 0) return 0;
   const WeightGradientMaps maps{static_cast<int>(a.height), static_cast<int>(a.width), static_cast<int>(a.channels),
                                 static_cast<int>(strips)};
-  MRA_LAUNCH(kernel, dim3(static_cast<unsigned>(groups), parts), threads, bytes, a.stream,
-             static_cast<const T*>(a.grad), static_cast<const T*>(a.x), a.partial, maps, static_cast<int>(rows),
-             a.grad_bias != nullptr);
+  const dim3 grid(static_cast<unsigned>(blocks_of(a.channels)), parts);
+  const auto kernel = depthwise_weight_gradient_kernel<T, Tile, kWide, kBlocks>;
+  MRA_LAUNCH(kernel, grid, Tile::kThreads, depthwise_memory(kernel, kBytes), a.stream, static_cast<const T*>(a.grad),
+             static_cast<const T*>(a.x), a.partial, maps, static_cast<int>(rows), a.grad_bias != nullptr);
   return parts;
 }
 
-template <class T, class Tile, bool kWide, int kBlocks>
-int sum_by_fma(const DepthwiseWeightGradient& a) {
-  constexpr int kBytes = std::max<int>(Tile::kSlots * Tile::kSlot * sizeof(T), Tile::kExchange * sizeof(float));
-  return sum_blocks<T>(a, depthwise_weight_gradient_kernel<T, Tile, kWide, kBlocks>, Tile::kThreads, kBytes,
-                       kBlockChannels, kBlocks, 1, Tile::kColumns);
-}
-
-template <class T, class Tile, bool kWide>
+// The first stage on tensor cores.
+template <class T>
 int sum_by_mma(const DepthwiseWeightGradient& a) {
-  constexpr int kBytes =
-      std::max<int>(Tile::kStages * Tile::kStage * sizeof(T), Tile::kThreads / 32 * Tile::kProducts * sizeof(float));
-  return sum_blocks<T>(a, depthwise_weight_gradient_mma_kernel<T, Tile, kWide>, Tile::kThreads, kBytes, Tile::kChannels,
-                       1, Tile::kRows, Tile::kColumns);
+  const DepthwiseMaps maps{a.x, nullptr, nullptr, nullptr, nullptr, a.batch, a.height, a.width, a.channels, false};
+  const DepthwiseCut cut = DepthwiseCut::of(/*mma=*/true, a.batch, a.height, a.width, a.channels);
+  const int64_t units = a.batch * cut.strips * cut.column_tiles;
+  const int parts = parts_of(a, units, DepthwiseMmaTile<1>::kChannels, kMmaBlocks);
+  if (parts == 0) return 0;
+  with_depthwise_tile<T, /*kMma=*/true>(maps, cut, [&](auto problem, auto tile) {
+    using Tile = decltype(tile);
+    const dim3 grid(static_cast<unsigned>(cut.channel_tiles), parts);
+    const auto kernel = depthwise_weight_gradient_mma_kernel<T, Tile>;
+    MRA_LAUNCH(kernel, grid, Tile::kThreads, depthwise_memory(kernel, weight_gradient_mma_bytes<T, Tile>()), a.stream,
+               problem, static_cast<const T*>(a.grad), a.partial, static_cast<int>(units));
+  });
+  return parts;
 }
-
-// Of 16-bit elements: the tensor cores. Tiles below are of the float32 units.
-constexpr int kMma = 3;
 
 template <class T>
-void run(const DepthwiseWeightGradient& a, int tile) {
+void run(const DepthwiseWeightGradient& a) {
   const bool wide = aligned(a.grad) && aligned(a.x) && a.channels * sizeof(T) % 16 == 0;
-  const auto parts = [&] {
+  const int parts = [&] {
+    if (!wide) return sum_by_fma<T, false>(a);
     if constexpr (sizeof(T) == 2) {
-      if (!wide) return sum_by_mma<T, WeightGradientMmaTile<4, 1, 6>, false>(a);
-      if (tile == kMma || tile < 0) return sum_by_mma<T, WeightGradientMmaTile<4, 1, 6>, true>(a);
+      return sum_by_mma<T>(a);
+    } else {
+      return sum_by_fma<T, true>(a);
     }
-    if (!wide) return sum_by_fma<T, WeightGradientTile<4, 4>, false, 2>(a);
-    if (tile == 1) return sum_by_fma<T, WeightGradientTile<8, 4>, true, 1>(a);
-    if (tile == 2) return sum_by_fma<T, WeightGradientTile<4, 2>, true, 3>(a);
-    return sum_by_fma<T, WeightGradientTile<4, 4>, true, 2>(a);
   }();
   const dim3 grid(static_cast<unsigned>((a.channels + kSliceChannels - 1) / kSliceChannels), kSums);
   MRA_LAUNCH(depthwise_weight_gradient_sum_kernel<T>, grid, dim3(kSliceChannels, kSlices), 0, a.stream, a.partial,
@@ -91,15 +93,15 @@ int64_t depthwise_weight_gradient_partials(int64_t channels) {
   return std::max(kMaxBlocks / std::max<int64_t>(1, blocks_of(channels)), int64_t{1}) * kSums * channels;
 }
 
-void depthwise_weight_gradient(const DepthwiseWeightGradient& a, int tile) {
+void depthwise_weight_gradient(const DepthwiseWeightGradient& a) {
   if (a.channels == 0 || (a.grad_weight == nullptr && a.grad_bias == nullptr)) return;
   switch (a.dtype) {
     case DType::kFloat32:
-      return run<float>(a, tile);
+      return run<float>(a);
     case DType::kBFloat16:
-      return run<__nv_bfloat16>(a, tile);
+      return run<__nv_bfloat16>(a);
     case DType::kFloat16:
-      return run<__half>(a, tile);
+      return run<__half>(a);
   }
 }
 

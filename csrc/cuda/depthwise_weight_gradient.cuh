@@ -11,19 +11,16 @@
 //
 // Every block leaves its 50 sums a channel in scratch; a second kernel adds them in a fixed order: bitwise repeatable.
 //
-// 98 FLOPs and 4 bytes (bfloat16) an element: bound by the multiply-adds.
+// 98 FLOPs and 8 bytes (float32) an element: bound by the multiply-adds. For 16-bit elements there are tensor cores,
+// see depthwise_weight_gradient_mma.cuh, unless an address or C does not allow accesses of 16 bytes.
 #pragma once
 
-#include <cuda_pipeline_primitives.h>
-
-#include "common/elements.cuh"
-#include "launch.h"
+#include "cuda/depthwise_conv7.cuh"
 
 namespace mra::cuda {
 
-constexpr int kTaps = 7, kHalo = kTaps / 2;
 // Of each channel: the taps', and the bias's.
-constexpr int kSums = kTaps * kTaps + 1;
+constexpr int kSums = kTaps + 1;
 // Of a block: two to each lane of a warp.
 constexpr int kBlockChannels = 64;
 
@@ -35,7 +32,7 @@ struct WeightGradientTile {
   static constexpr int kColumns = kWarps * kPixels, kInputs = kColumns + 2 * kHalo;
   // Elements of a slot of the ring: a row of the input, then one of the gradient. As many slots as the window has rows,
   // so that the compiler knows their addresses, too.
-  static constexpr int kSlot = (kInputs + kColumns) * kBlockChannels, kSlots = kTaps;
+  static constexpr int kSlot = (kInputs + kColumns) * kBlockChannels, kSlots = kSide;
   // Floats in which half of the warps hand their sums to the others.
   static constexpr int kExchange = kWarps / 2 * kSums * kBlockChannels;
 };
@@ -108,7 +105,7 @@ struct WeightGradientCopies {
     const int column = strip * Tile::kColumns, y = walk.y - walk.lead;
     if (!walk.fills()) copy_row<Tile::kInputs>(slot, x, y, column - kHalo);
     copy_row<Tile::kColumns>(slot + Tile::kInputs * kBlockChannels, grad, y + kHalo, column);
-    if (walk.advance(maps.height, kTaps - 1) && ++strip == maps.strips) {
+    if (walk.advance(maps.height, kSide - 1) && ++strip == maps.strips) {
       strip = 0;
       ++b;
     }
@@ -145,8 +142,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
   const int channel = blockIdx.x * kBlockChannels, lane = threadIdx.x % 32;
   const int first = static_cast<int64_t>(rows) * blockIdx.y / gridDim.y;
   const int count = static_cast<int>(static_cast<int64_t>(rows) * (blockIdx.y + 1) / gridDim.y) - first;
-  WeightGradientWalk walk{first % maps.height, kTaps - 1};
-  const int steps = count + (walk.y + count + maps.height - 1) / maps.height * (kTaps - 1);
+  WeightGradientWalk walk{first % maps.height, kSide - 1};
+  const int steps = count + (walk.y + count + maps.height - 1) / maps.height * (kSide - 1);
   const int strip = first / maps.height;
   WeightGradientCopies<T, Tile, kWide> copies{
       grad + channel, x + channel, maps, strip / maps.strips, strip % maps.strips, walk, maps.channels - channel};
@@ -157,18 +154,18 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
   }
 
   Floats<2> sums[kSums] = {};
-  Floats<2> window[kTaps][Tile::kPixels] =
+  Floats<2> window[kSide][Tile::kPixels] =
       {};  // rows of the gradient: the last one in `phase`, the one before below it
   const T* mine = ring + threadIdx.x / 32 * Tile::kPixels * kBlockChannels + 2 * lane;
-  for (int begin = 0; begin < steps; begin += kTaps) {
+  for (int begin = 0; begin < steps; begin += kSide) {
 #pragma unroll
-    for (int phase = 0; phase < kTaps; ++phase) {
+    for (int phase = 0; phase < kSide; ++phase) {
       const int step = begin + phase;
       if (step < steps) {
         __pipeline_wait_prior(Tile::kSlots - 2);
         __syncthreads();
         // Into the slot that all have left behind.
-        if (step + Tile::kSlots - 1 < steps) copies.next(ring + (phase + kTaps - 1) % kTaps * Tile::kSlot);
+        if (step + Tile::kSlots - 1 < steps) copies.next(ring + (phase + kSide - 1) % kSide * Tile::kSlot);
         __pipeline_commit();
         const T* inputs = mine + phase * Tile::kSlot;
         const T* grads = inputs + Tile::kInputs * kBlockChannels;
@@ -179,14 +176,14 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
 #pragma unroll
           for (int k = 0; k < Tile::kPixels + 2 * kHalo; ++k) values[k] = load<2>(inputs + k * kBlockChannels);
 #pragma unroll
-          for (int i = 0; i < kTaps; ++i) {
+          for (int i = 0; i < kSide; ++i) {
             // The gradient's row that sees the input's row through the filter's row i.
-            const Floats<2>* row = window[(phase + kTaps - i) % kTaps];
+            const Floats<2>* row = window[(phase + kSide - i) % kSide];
 #pragma unroll
             for (int k = 0; k < Tile::kPixels; ++k) {
 #pragma unroll
-              for (int j = 0; j < kTaps; ++j) {
-                Floats<2>& sum = sums[i * kTaps + j];
+              for (int j = 0; j < kSide; ++j) {
+                Floats<2>& sum = sums[i * kSide + j];
                 sum.values[0] = fmaf(row[k].values[0], values[k + j].values[0], sum.values[0]);
                 sum.values[1] = fmaf(row[k].values[1], values[k + j].values[1], sum.values[1]);
               }
@@ -195,11 +192,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
           if (with_bias) {
 #pragma unroll
             for (int k = 0; k < Tile::kPixels; ++k) {
-              accumulate(sums[kSums - 1], 1.0f, window[(phase + kTaps - kHalo) % kTaps][k]);
+              accumulate(sums[kSums - 1], 1.0f, window[(phase + kSide - kHalo) % kSide][k]);
             }
           }
         }
-        walk.advance(maps.height, kTaps - 1);
+        walk.advance(maps.height, kSide - 1);
       }
     }
   }

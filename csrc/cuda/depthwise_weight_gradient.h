@@ -20,7 +20,6 @@ struct DepthwiseWeightGradient {
 
 int64_t depthwise_weight_gradient_partials(int64_t channels);
 
-// tile: how the work is cut, an index of the .cu file's list; -1 chooses.
-void depthwise_weight_gradient(const DepthwiseWeightGradient&, int tile = -1);
+void depthwise_weight_gradient(const DepthwiseWeightGradient&);
 
 }  // namespace mra::cuda
