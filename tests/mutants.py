@@ -20,14 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from subprocess import TimeoutExpired
 from threading import Lock
 
 import torch
 from cuda_simulator import ORDERS, BuildError, build, run_python
-from op_calls import DTYPES, Route, check
-from simulated_cases import SHAPES, check_not_finite, operands, run
+from op_calls import Route, check
+from simulated_cases import LAYOUTS, SHAPES, check_not_finite, operands, run
 from simulated_ops import FOLDER, ROOT, Extension, program, simulated
 
 TESTS = Path(__file__).parent
@@ -151,26 +152,34 @@ def judge(mutant: Mutant, source: str) -> str:
 
 
 def run_cases(library: Path, ops: list[str]) -> None:
-    """In a child process, which a bad mutant may end: values and gradients of every case, and all orders of a few."""
+    """In a child process, which a bad mutant may end: values and gradients of every case, and all orders of a few.
+
+    What is quick, and finds most, comes first. float16's code is bfloat16's.
+    """
     torch.set_num_threads(1)
     on = Extension(library)
-    for dtype in DTYPES:
-        for op in ops:
-            if op in DEPTHWISE:
-                for width in (24, 3):
-                    check_not_finite(op, width, dtype, math.nan, on)
-            for number, dims in enumerate(SHAPES[op]):
-                with simulated(on):
-                    check(op, Route("cpu", "native", dtype), *operands(op, dims, dtype))
-                orders = ORDERS if number < 2 else ORDERS[:3]
-                runs = [run(op, *operands(op, dims, dtype), on, order) for order in orders]
-                for solution in runs[1:]:
-                    assert all(map(torch.equal, solution.outputs, runs[0].outputs))
-                    assert all(torch.equal(grad, runs[0].grads[name]) for name, grad in solution.grads.items())
-            for dims in SHAPES[op][:2]:
-                for layout in ("offset", "sliced"):
-                    with simulated(on):
-                        check(op, Route("cpu", "native", dtype), *operands(op, dims, dtype, layout))
+    dtypes = (torch.bfloat16, torch.float32)
+
+    def check_values(op: str, dims: tuple, dtype: torch.dtype, layout: str = "contiguous") -> None:
+        with simulated(on):
+            check(op, Route("cpu", "native", dtype), *operands(op, dims, dtype, layout))
+
+    for op, dtype in product(ops, dtypes):
+        for dims in SHAPES[op]:
+            check_values(op, dims, dtype)
+    for op, dtype in product(ops, dtypes):
+        for dims, layout in product(SHAPES[op][:2], LAYOUTS):
+            check_values(op, dims, dtype, layout)
+        if op in DEPTHWISE:
+            for width in (24, 3):
+                check_not_finite(op, width, dtype, math.nan, on)
+    for op, dtype in product(ops, dtypes):
+        for number, dims in enumerate(SHAPES[op]):
+            orders = ORDERS if number < 2 else ORDERS[:3]
+            first, *others = (run(op, *operands(op, dims, dtype), on, order) for order in orders)
+            for solution in others:
+                assert all(map(torch.equal, solution.outputs, first.outputs))
+                assert all(torch.equal(grad, first.grads[name]) for name, grad in solution.grads.items())
 
 
 def survey(file: str, count: int, seed: int, results: dict[str, str]) -> tuple[int, list[Mutant]]:
