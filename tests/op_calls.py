@@ -207,6 +207,25 @@ def make_grad_outputs(op: str, inputs: Inputs, seed: int = 1, layout: str = "con
     return tuple(made)
 
 
+def check_every_gelu(route: Route) -> None:
+    """`linear_gelu` of every 16-bit number, beside the result in float64 rounded once."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    x = bits.view(route.dtype)
+    # PyTorch's own is infinite beyond.
+    x = x[x.abs() < 1e38]
+    exact = torch.nn.functional.gelu(x.double())
+    one, zero = torch.ones(1, 1, dtype=route.dtype), torch.zeros(1, dtype=route.dtype)
+    inputs = {"x": x[:, None], "weight": one, "bias": zero, "mean_weights": None}
+    (y,) = call("linear_gelu", route.backend, {n: t if t is None else t.to(route.device) for n, t in inputs.items()})
+    y = y[:, 0].cpu()
+    steps = (y.view(torch.int16).int() - exact.to(route.dtype).view(torch.int16).int()).abs()
+    is_small = exact.abs() < 1e-3
+    assert steps[~is_small].max() <= 1
+    # Off by a little, a result is sometimes rounded the other way.
+    assert (steps[~is_small] > 0).float().mean() < 0.02
+    assert (y - exact)[is_small].abs().max() < 1e-3 * torch.finfo(route.dtype).eps / 2 + 1e-7
+
+
 def check(op: str, route: Route, inputs: Inputs, grad_outputs: Outputs, wanted: list[str] | None = None) -> Solution:
     """Holds outputs and gradients of one route to the tolerance rule; returns them."""
     wanted = differentiable(op, inputs) if wanted is None else wanted

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from op_calls import Route, call, check, make_grad_outputs
+from op_calls import DTYPES, Route, call, check, check_every_gelu, make_grad_outputs, routes
 from op_suite import OpSuite
 
 import mra_kernels
@@ -57,3 +57,8 @@ class TestLinearGelu(OpSuite):
         inputs = make_inputs(self.op, (3,), 4, 5) | {"mean_weights": torch.ones(3)}
         with pytest.raises(ValueError, match=r"mean_weights need positions.*\(3, 4\)"):
             mra_kernels.linear_gelu(*inputs.values())
+
+
+@pytest.mark.parametrize("route", routes("linear_gelu", dtypes=DTYPES[1:]), ids=str)
+def test_every_16_bit_number(route: Route) -> None:
+    check_every_gelu(route)

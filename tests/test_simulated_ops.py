@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_simulator import ORDERS, build, run_python
-from op_calls import DTYPES, Route, check, threads
+from op_calls import DTYPES, Route, check, check_every_gelu, threads
 from simulated_cases import LAYOUTS, SHAPES, check_not_finite, operands, run
 from simulated_ops import FOLDER, extension, program, served_ops, simulated
 
@@ -37,6 +37,12 @@ def test_values_and_gradients(op: str, dims: tuple, dtype: torch.dtype) -> None:
     after = extension().simulator.statistics()
     assert after.atomics == before.atomics
     assert after.launches > before.launches or 0 in dims or (0, 4) in dims
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gelu_of_every_16_bit_number(dtype: torch.dtype) -> None:
+    with simulated():
+        check_every_gelu(Route("cpu", "native", dtype))
 
 
 # Blocks of these kernels stride over rows, since the second side of a grid ends at 65,535.

@@ -66,6 +66,12 @@ struct DepthwiseMmaTile {
 // A number that the compiler cannot compute again where it is used: kept in a register instead.
 __device__ __forceinline__ int pinned(int value) { return __shfl_sync(0xffffffffu, value, threadIdx.x % 32); }
 
+// The block's part once more, as if it were another one: after a march, so that no number waits for that in a register.
+template <class Tile, class T>
+__device__ __forceinline__ DepthwisePart depthwise_part_again(const DepthwiseProblem<T>& p) {
+  return depthwise_part<Tile>(p, pinned(blockIdx.x / p.channel_tiles), pinned(blockIdx.x % p.channel_tiles));
+}
+
 // The copies of a block's rows to the ring, a row of each of its strips at a time, halo included: 16 bytes a thread,
 // and 16 more of the first warps', kThreads / 2 pixels further on.
 template <class T, class Tile>
@@ -324,7 +330,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kMmaBlocks) depthwise_conv7_mm
 #pragma unroll
         for (float sum : sums) zero = fmaf(sum, 0.0f, zero);
       });
-  if (__syncthreads_or(isnan(zero))) depthwise_mma_repair<T, Tile>(p, part, [](float sum) { return sum; });
+  if (!__syncthreads_or(isnan(zero))) return;
+  depthwise_mma_repair<T, Tile>(p, depthwise_part_again<Tile>(p), [](float sum) { return sum; });
 }
 
 }  // namespace mra::cuda

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kDepthwiseBlocks)
 #pragma unroll
         for (int j = 0; j < kOutputs; ++j) {
           if (j >= columns) continue;
-          const float value = gelu(sums[j]);
+          const float value = gelu<T>(sums[j]);
           y_sum += value;
           from_float(value, y[static_cast<int64_t>(j) * p.channels]);
         }
@@ -67,21 +67,19 @@ template <class T, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kMmaBlocks)
     depthwise_conv_gelu_mma_kernel(DepthwiseProblem<T> p, float* __restrict__ partial, float share) {
   extern __shared__ __align__(16) unsigned char memory[];
-  const DepthwisePart part = depthwise_part<Tile>(p);
+  DepthwisePart part = depthwise_part<Tile>(p);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   T one;
   from_float(1.0f, one);
   const auto inner = [&](int k) -> uint32_t {
     return k >= kHalo && k < kHalo + 8 ? reinterpret_cast<uint16_t&>(one) : 0;
   };
-  const uint32_t ones = inner(2 * t) | inner(2 * t + 1) << 16;
-  // Of the map, in the columns of the thread's four outputs, from their strips' first rows on.
-  int rows[4];
+  const uint32_t ones = pinned(inner(2 * t) | inner(2 * t + 1) << 16);
+  // Of the map, from the first of the thread's two outputs of tiles g and g + 8 on, and from the block's first row on.
+  int columns[2];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int m = g + j / 2 * 8, column = part.column + 8 * Tile::tile(m) + 2 * t + j % 2;
-    rows[j] = column < p.width ? p.height - part.row - Tile::strip(m) * p.rows : 0;
-  }
+  for (int i = 0; i < 2; ++i) columns[i] = p.width - part.column - 8 * Tile::tile(g + 8 * i) - 2 * t;
+  const int rows = p.height - part.row;
   float y_sums[2] = {}, x_sums[4] = {};
   depthwise_mma_march<T, Tile>(
       p, part, memory,
@@ -92,13 +90,14 @@ __global__ void __launch_bounds__(Tile::kThreads, kMmaBlocks)
       [&](int row, int c, float (&sums)[4]) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          sums[j] = gelu(sums[j]);
-          if (row < rows[j]) y_sums[c] += sums[j];
+          sums[j] = gelu<T>(sums[j]);
+          if (j % 2 < columns[j / 2] && row + Tile::strip(g + j / 2 * 8) * p.rows < rows) y_sums[c] += sums[j];
         }
       });
+  part = depthwise_part_again<Tile>(p);
   const float all = y_sums[0] + y_sums[1] + x_sums[0] + x_sums[1] + x_sums[2] + x_sums[3];
   const bool broken = __syncthreads_or(!isfinite(all));
-  if (broken) depthwise_mma_repair<T, Tile>(p, part, [](float sum) { return gelu(sum); });
+  if (broken) depthwise_mma_repair<T, Tile>(p, part, [](float sum) { return gelu<T>(sum); });
   const int64_t tile = (static_cast<int64_t>(part.picture) * p.strips + part.strip) * p.column_tiles + part.column_tile;
 #pragma unroll
   for (int c = 0; c < 2; ++c) {

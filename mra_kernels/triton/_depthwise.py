@@ -204,7 +204,7 @@ def _convolve(
         inside = mask & (h + r < height)
         value = sums[r] + added[None, :]
         if y_partials is not None:
-            value = gelu(value)
+            value = gelu(value, y.dtype.element_ty)
             y_sum += tl.where(inside, value, 0.0)
             x_sum += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         elif grad_y is not None or grad_y_mean is not None:

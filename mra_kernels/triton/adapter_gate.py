@@ -149,7 +149,7 @@ def _hidden(
     x = tl.sum(sums, axis=2) + tl.load(up_bias + row, mask=inside, other=0.0).to(tl.float32)
     if product is not None:
         tl.store(product + picture * hidden + row, x, mask=inside & (picture < batch))
-    share = tl.sum(gelu(x) * tl.load(down_weight + row, mask=inside, other=0.0).to(tl.float32), axis=1)
+    share = tl.sum(gelu(x, tl.float32) * tl.load(down_weight + row, mask=inside, other=0.0).to(tl.float32), axis=1)
     picture = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     tl.store(partials + picture * tl.num_programs(0) + tl.program_id(0), share, mask=picture < batch)
 
@@ -197,7 +197,7 @@ def _weight_gradients(
         grad = tl.load(grad_sum + picture)
         x = tl.load(product + picture * hidden + row, mask=inside, other=0.0)
         up_bias += grad * down * gelu_derivative(x)
-        down_row += grad * gelu(x)
+        down_row += grad * gelu(x, tl.float32)
         down_bias += grad
     if grad_up_bias is not None:
         tl.store(grad_up_bias + row, up_bias.to(grad_up_bias.dtype.element_ty), mask=inside)
