@@ -80,8 +80,8 @@ class DepthwiseMmaRows {
   __device__ __forceinline__ DepthwiseMmaRows(const DepthwiseProblem<T>& p, const DepthwisePart& part, T* ring)
       : p_(p), ring_(ring + pinned(Tile::in_ring(threadIdx.x / 2, threadIdx.x % 2))) {
     const int pixel = threadIdx.x / 2, channel = part.channel + threadIdx.x % 2 * 8;
-    row_ = part.row - kHalo + pixel / kStripPixels * p.rows;
     const int column = part.column - kHalo + pixel % kStripPixels;
+    row_ = part.row - kHalo + pixel / kStripPixels * p.rows;
     from_ = p.x + ((static_cast<int64_t>(part.picture) * p.height + row_) * p.width + column) * p.channels + channel;
     const auto inside = [&](int first) { return channel < p.channels && first >= 0 && first < p.width; };
     inside_[0] = inside(column);
@@ -90,17 +90,17 @@ class DepthwiseMmaRows {
     other_inside_[1] = inside(column + kHalo + kMoreColumns);
   }
 
-  // Starts to copy the next row of each strip to a stage of the ring; zeros outside the map.
-  __device__ __forceinline__ void copy(int stage) const { copy(stage, 0, 0, inside_); }
-
-  // The same from kHalo rows and columns further on, in a map that lies `bytes` behind that of the same place in x.
-  __device__ __forceinline__ void copy_other(int stage, int64_t bytes) const {
-    copy(stage, bytes, kHalo, other_inside_);
+  // Starts to copy the next row of each strip to `to` elements into the ring; zeros outside the map.
+  __device__ __forceinline__ void copy_next(int to) {
+    copy(to, 0, 0, inside_);
+    advance();
   }
 
-  __device__ __forceinline__ void advance() {
-    ++row_;
-    from_ += p_.width * p_.channels;
+  // The same, and to `other_to` kHalo rows and columns further on of a map of the same shape, `bytes` from x to there.
+  __device__ __forceinline__ void copy_next(int to, int other_to, int64_t bytes) {
+    copy(to, 0, 0, inside_);
+    copy(other_to, bytes, kHalo, other_inside_);
+    advance();
   }
 
  private:
@@ -109,19 +109,25 @@ class DepthwiseMmaRows {
   static constexpr int kMoreStrips = kPixels / kStripPixels, kMoreColumns = kPixels % kStripPixels;
   static_assert(kMorePixels % 16 == 0 && (kMorePixels + kMoreColumns <= kStripPixels || Tile::kStrips == 1),
                 "whole warps copy more, of one strip");
-  __device__ __forceinline__ void copy(int stage, int64_t bytes, int rows, const bool (&inside)[2]) const {
-    const auto copy_vector = [&](T* to, int64_t elements, int row, bool inside) {
+
+  __device__ __forceinline__ void copy(int to, int64_t bytes, int rows, const bool (&inside)[2]) const {
+    const auto copy_vector = [&](T* vector, int64_t elements, int row, bool inside) {
       inside = inside && static_cast<unsigned>(row) < static_cast<unsigned>(p_.height);
       const auto from = reinterpret_cast<uintptr_t>(from_ + elements) + bytes;
-      __pipeline_memcpy_async(to, reinterpret_cast<const T*>(from), 16, inside ? 0 : 16);
+      __pipeline_memcpy_async(vector, reinterpret_cast<const T*>(from), 16, inside ? 0 : 16);
     };
-    copy_vector(ring_ + stage, 0, row_ + rows, inside[0]);
+    copy_vector(ring_ + to, 0, row_ + rows, inside[0]);
     if (threadIdx.x < 2 * kMorePixels) {
       const int more_rows = kMoreStrips * p_.rows;
       const int64_t row_elements = p_.width * p_.channels;
-      copy_vector(ring_ + stage + 8 * Tile::kThreads, more_rows * row_elements + int64_t{kMoreColumns} * p_.channels,
+      copy_vector(ring_ + to + 8 * Tile::kThreads, more_rows * row_elements + int64_t{kMoreColumns} * p_.channels,
                   row_ + rows + more_rows, inside[1]);
     }
+  }
+
+  __device__ __forceinline__ void advance() {
+    ++row_;
+    from_ += p_.width * p_.channels;
   }
 
   const DepthwiseProblem<T>& p_;
@@ -208,7 +214,7 @@ __device__ __forceinline__ void depthwise_mma_march(const DepthwiseProblem<T>& p
   DepthwiseMmaRows<T, Tile> rows(p, part, ring);
 #pragma unroll 1
   for (int i = 0; i < kMmaStages; ++i) {
-    if (i < input_rows) rows.copy(i * Tile::kRow), rows.advance();
+    if (i < input_rows) rows.copy_next(i * Tile::kRow);
     __pipeline_commit();
   }
   uint2 bands[2][kSide];
@@ -257,7 +263,7 @@ __device__ __forceinline__ void depthwise_mma_march(const DepthwiseProblem<T>& p
       if (i + buffer >= input_rows) break;
       __pipeline_wait_prior(kMmaStages - 2);
       __syncthreads();
-      if (i + buffer + kMmaStages < input_rows) rows.copy(stage), rows.advance();
+      if (i + buffer + kMmaStages < input_rows) rows.copy_next(stage);
       __pipeline_commit();
       stage = stage + Tile::kRow == kMmaStages * Tile::kRow ? 0 : stage + Tile::kRow;
       const int row = i + buffer - (kSide - 1);
