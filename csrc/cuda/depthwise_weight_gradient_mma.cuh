@@ -23,7 +23,7 @@
 
 namespace mra::cuda {
 
-// Elements of shared memory: the ring and what is transposed, of both maps; then the products of a channel of each
+// Bytes of shared memory: of the ring and what is transposed, of both maps; then of the products of a channel of each
 // warp.
 template <class T, class Tile>
 constexpr int weight_gradient_mma_bytes() {
