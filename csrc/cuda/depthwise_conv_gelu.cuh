@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kMmaBlocks)
         }
       });
   part = depthwise_part_again<Tile>(p);
-  const float all = y_sums[0] + y_sums[1] + x_sums[0] + x_sums[1] + x_sums[2] + x_sums[3];
-  const bool broken = __syncthreads_or(!isfinite(all));
+  // Where x is not finite, y of the same pixel is not, either.
+  const bool broken = __syncthreads_or(!isfinite(y_sums[0] + y_sums[1]));
   if (broken) depthwise_mma_repair<T, Tile>(p, part, [](float sum) { return gelu<T>(sum); });
   const int64_t tile = (static_cast<int64_t>(part.picture) * p.strips + part.strip) * p.column_tiles + part.column_tile;
 #pragma unroll
