@@ -160,8 +160,8 @@ def run_cases(library: Path, ops: list[str]) -> None:
     on = Extension(library)
     dtypes = (torch.bfloat16, torch.float32)
 
-    def check_values(op: str, dims: tuple, dtype: torch.dtype, layout: str = "contiguous") -> None:
-        with simulated(on):
+    def check_values(op: str, dims: tuple, dtype: torch.dtype, layout: str = "contiguous", **settings: int) -> None:
+        with simulated(on, **settings):
             check(op, Route("cpu", "native", dtype), *operands(op, dims, dtype, layout))
 
     for op, dtype in product(ops, dtypes):
@@ -170,6 +170,7 @@ def run_cases(library: Path, ops: list[str]) -> None:
     for op, dtype in product(ops, dtypes):
         for dims, layout in product(SHAPES[op][:2], LAYOUTS):
             check_values(op, dims, dtype, layout)
+        check_values(op, SHAPES[op][0], dtype, multiprocessors=1)
         if op in DEPTHWISE:
             for width in (24, 3):
                 check_not_finite(op, width, dtype, math.nan, on)

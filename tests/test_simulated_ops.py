@@ -39,6 +39,13 @@ def test_values_and_gradients(op: str, dims: tuple, dtype: torch.dtype) -> None:
     assert after.launches > before.launches or 0 in dims or (0, 4) in dims
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "dims"), SMALL, ids=str)
+def test_few_blocks_share_the_work(op: str, dims: tuple, dtype: torch.dtype) -> None:
+    with simulated(multiprocessors=1):
+        check(op, Route("cpu", "native", dtype), *operands(op, dims, dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gelu_of_every_16_bit_number(dtype: torch.dtype) -> None:
     with simulated():
