@@ -222,7 +222,7 @@ def check_every_gelu(route: Route) -> None:
     is_small = exact.abs() < 1e-3
     assert steps[~is_small].max() <= 1
     # Off by a little, a result is sometimes rounded the other way.
-    assert (steps[~is_small] > 0).float().mean() < 0.02
+    assert (steps[~is_small] > 0).float().mean() < 0.01
     assert (y - exact)[is_small].abs().max() < 1e-3 * torch.finfo(route.dtype).eps / 2 + 1e-7
 
 

@@ -14,6 +14,8 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 from triton_interpreter import only_program
 
+from mra_kernels.triton._gelu import gelu
+
 
 @triton.jit
 def convert(x, y, BLOCK: tl.constexpr):
@@ -32,6 +34,12 @@ def product(a, b, out, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     at = i[:, None] * BLOCK + i[None, :]
     tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at)).to(out.dtype.element_ty))
+
+
+@triton.jit
+def gelu_before_rounding(x, y, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + i, gelu(tl.load(x + i), tl.float16))
 
 
 @triton.jit
@@ -146,3 +154,11 @@ def test_an_offset_past_int32_is_found() -> None:
         assert (out[-1] == 3).all()
         with pytest.raises(InterpreterError, match="outside every tensor argument"):
             add_one[(1,)](x, out, columns, False)
+
+
+def test_gelu_of_16_bits_before_it_is_rounded() -> None:
+    x = torch.linspace(-20, 20, 2**16)
+    y = torch.empty_like(x)
+    gelu_before_rounding[(1,)](x, y, x.numel())
+    exact = torch.nn.functional.gelu(x.double())
+    assert ((y - exact).abs() / exact.abs().clamp(min=1e-3)).max() < 2e-5

@@ -71,6 +71,12 @@ __device__ __forceinline__ DepthwisePart depthwise_part(const DepthwiseProblem<T
   return part;
 }
 
+// The part of a block of a grid that covers channels first.
+template <class Tile, class T>
+__device__ __forceinline__ DepthwisePart depthwise_part(const DepthwiseProblem<T>& p) {
+  return depthwise_part<Tile>(p, blockIdx.x / p.channel_tiles, blockIdx.x % p.channel_tiles);
+}
+
 // What is added to a channel's convolution.
 template <class T>
 __device__ __forceinline__ float depthwise_start(const DepthwiseProblem<T>& p, int picture, int channel) {
@@ -208,12 +214,6 @@ __device__ __forceinline__ void depthwise_march(const DepthwiseProblem<T>& p, co
     }
     if (i >= kSide - 1) finish(i - (kSide - 1), sums[0]);
   }
-}
-
-// The part of a block of a grid that covers channels first.
-template <class Tile, class T>
-__device__ __forceinline__ DepthwisePart depthwise_part(const DepthwiseProblem<T>& p) {
-  return depthwise_part<Tile>(p, blockIdx.x / p.channel_tiles, blockIdx.x % p.channel_tiles);
 }
 
 // y = bias + constant + the convolution.
