@@ -26,6 +26,7 @@ FIRST_OPS = ("depthwise_conv_norm", "depthwise_conv_gelu", "gated_projection_add
 OPS = (
     *FIRST_OPS,
     "add_norm",
+    "attention",
     "linear_gelu",
     "linear_scale_residual",
     "norm_patchify",
@@ -34,7 +35,7 @@ OPS = (
 )
 
 # Whose shapes depend on the ViT alone: what is measured for ConvNeXt-L is all there is.
-SAME_IN_XXL = frozenset(("depthwise_conv_gelu", "gated_resample_add", "adapter_gate", "add_norm"))
+SAME_IN_XXL = frozenset(("depthwise_conv_gelu", "gated_resample_add", "adapter_gate", "add_norm", "attention"))
 
 # Of an op at B=1 on two cores, with the shapes of ConvNeXt-L.
 _CPU_SECONDS = {
@@ -44,6 +45,7 @@ _CPU_SECONDS = {
     "gated_resample_add": 8.0,
     "adapter_gate": 4.0,
     "add_norm": 4.0,
+    "attention": 10.0,
     "linear_gelu": 50.0,
     "linear_scale_residual": 80.0,
     "norm_patchify": 15.0,

@@ -99,6 +99,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info);
   m.def("select_instruction_set", mra::cpu::select_instruction_set);
   using namespace mra::cpu;
+  bind<5, 8, float>(m, "attention_forward", attention_forward);
+  bind<9, 8, float>(m, "attention_backward", attention_backward);
   bind<7, 4>(m, "depthwise_conv_gelu_forward", depthwise_conv_gelu_forward,
              MRA_CUDA_KERNEL(depthwise_conv_gelu_forward));
   bind<11, 4>(m, "depthwise_conv_gelu_backward", depthwise_conv_gelu_backward,

@@ -192,6 +192,35 @@ struct LinearScaleResidualBackward {
   Place place;
 };
 
+// Heads lie side by side in a row of query, key and value, whose rows are a stride apart, from picture to picture too.
+struct AttentionForward {
+  const void* query;  // [B, L, H, D]
+  const void* key;    // [B, M, H, D]
+  const void* value;  // [B, M, H, D]
+  void* y;            // [B, L, H, D]
+  float* logsumexp;   // [B, H, L], of the scaled scores over the keys
+  int64_t batch, queries, keys, heads, channels, query_stride, key_stride, value_stride;
+  float scale;
+  DType dtype;
+  Place place;
+};
+
+struct AttentionBackward {
+  const void* grad_y;      // [B, L, H, D]
+  const void* query;       // [B, L, H, D]
+  const void* key;         // [B, M, H, D]
+  const void* value;       // [B, M, H, D]
+  const void* y;           // [B, L, H, D]
+  const float* logsumexp;  // [B, H, L]
+  void* grad_query;        // [B, L, H, D]
+  void* grad_key;          // [B, M, H, D]
+  void* grad_value;        // [B, M, H, D]
+  int64_t batch, queries, keys, heads, channels, query_stride, key_stride, value_stride;
+  float scale;
+  DType dtype;
+  Place place;
+};
+
 struct GatedResampleAddForward {
   const void* low;    // [B, H, W, C]
   const void* high;   // [B, H', W', C]
@@ -216,6 +245,8 @@ struct GatedResampleAddBackward {
 
 // Every CPU kernel: X(context, name, arguments).
 #define MRA_CPU_KERNELS(X, context)                                       \
+  X(context, attention_forward, AttentionForward)                         \
+  X(context, attention_backward, AttentionBackward)                       \
   X(context, depthwise_conv_gelu_forward, DepthwiseConvGeluForward)       \
   X(context, depthwise_conv_gelu_backward, DepthwiseConvGeluBackward)     \
   X(context, depthwise_conv_norm_forward, DepthwiseConvNormForward)       \

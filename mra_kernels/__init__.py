@@ -1,6 +1,6 @@
 """Fused kernels for mixture-of-resolution vision-language models.
 
-The eleven ops of `mra_kernels.ops` are plain functions over channels-last tensors; `mra_kernels.modules` binds them to
+The twelve ops of `mra_kernels.ops` are plain functions over channels-last tensors; `mra_kernels.modules` binds them to
 parameters, and `apply_mra_kernels` puts them into models that others made. `build_info()` works without torch, so that
 a wheel can be inspected where torch is not installed.
 """
@@ -16,6 +16,7 @@ if TYPE_CHECKING or find_spec("torch") is not None:
     from mra_kernels.ops import (
         adapter_gate,
         add_norm,
+        attention,
         depthwise_conv_gelu,
         depthwise_conv_norm,
         gated_projection_add,
@@ -49,6 +50,7 @@ __all__ = [
     "adapter_gate",
     "add_norm",
     "apply_mra_kernels",
+    "attention",
     "backend_report",
     "build_info",
     "depthwise_conv_gelu",

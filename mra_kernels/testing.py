@@ -231,6 +231,11 @@ def _add_norm(lead: Sequence[int], channels: int) -> dict[str, Shape]:
     return {"x": tokens, "delta": tokens, "norm_weight": vector, "norm_bias": vector}
 
 
+def _attention(batch: int, queries: int, keys: int, heads: int, channels: int) -> dict[str, Shape]:
+    rows = (batch, keys, heads, channels)
+    return {"query": (batch, queries, heads, channels), "key": rows, "value": rows}
+
+
 def _adapter_gate(batch: int, channels: int, hidden: int) -> dict[str, Shape]:
     return {
         "low_mean": (batch, channels),
@@ -250,6 +255,7 @@ def _project_mean(batch: int, inputs: int, outputs: int, base: bool = True) -> d
 SHAPES: dict[str, Callable[..., dict[str, Shape]]] = {
     "adapter_gate": _adapter_gate,
     "add_norm": _add_norm,
+    "attention": _attention,
     "depthwise_conv_gelu": _depthwise,
     "depthwise_conv_norm": _depthwise_conv_norm,
     "gated_projection_add": _gated_projection_add,

@@ -19,6 +19,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.utils import can_return_tuple
 
 from mra_kernels.modules import ConvNeXt, ConvNeXtBlock, Downsample, Merge, MRAdapter, Stem
+from mra_model import attention
 from mra_model.configuration_mra import QUARTERS, MraVisionConfig
 
 
@@ -138,7 +139,8 @@ class MraVisionModel(MraVisionPreTrainedModel):
         super().__init__(config)
         low, high = config.low_config, config.high_config
         # transformers sets the attention on the tower's config only, and CLIP's layers read it from their own.
-        low._attn_implementation = config._attn_implementation
+        fast = config._attn_implementation == "sdpa"
+        low._attn_implementation = attention.NAME if fast else config._attn_implementation
         self.low = MraLowResolution(low)
         self.high = MraConvNeXt(
             high.hidden_sizes,

@@ -31,6 +31,9 @@ DATA = (
     "high_mean",
     "hidden_mean",
     "base_mean",
+    "query",
+    "key",
+    "value",
 )
 NORM_OPS = ("add_norm", "depthwise_conv_norm", "norm_patchify", "patch_conv_norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +97,7 @@ def require(choice: str, device: str, dtype: torch.dtype) -> None:
 
 
 # Returns that only backward reads, and the ops that return one of them only when asked.
-KEPT = ("mean", "rstd", "product")
+KEPT = ("mean", "rstd", "product", "logsumexp")
 KEEPING = {op for op in OPS if "bool keep" in str(getattr(torch.ops.mra, op).default._schema)}
 
 

@@ -1,4 +1,4 @@
-"""The eleven ops written out by hand, for float64: nothing here shares code with what is tested.
+"""The twelve ops written out by hand, for float64: nothing here shares code with what is tested.
 
 Convolutions are sums of shifted maps, norms their formulas, a resize gathers its two neighbors. `uncentered` leaves
 out what a LayerNorm subtracts, forward and backward: the result is the size of the terms that cancel in the true one.
@@ -58,6 +58,13 @@ def add_norm(
     x: Tensor, delta: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, uncentered: bool = False
 ) -> tuple[Tensor, Tensor]:
     return x + delta, layer_norm(x + delta, norm_weight, norm_bias, eps, uncentered)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = scale * torch.einsum("blhd,bmhd->bhlm", query, key)
+    exponentials = (scores - scores.detach().amax(-1, keepdim=True)).exp()
+    return torch.einsum("bhlm,bmhd->blhd", exponentials / exponentials.sum(-1, keepdim=True), value)
 
 
 def norm_patchify(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, uncentered: bool = False) -> Tensor:

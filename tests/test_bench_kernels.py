@@ -188,7 +188,7 @@ class TestRoutes:
         found = {op: [route.name for route in routes(op, make_inputs(op, *first_case(op).sizes(1)))] for op in OPS}
         assert all(name.startswith("library: ") for names in found.values() for name in names)
         assert all(len(set(names)) == len(names) for names in found.values())
-        eager_is_best = {"adapter_gate", "add_norm", "depthwise_conv_norm", "project_mean"}
+        eager_is_best = {"adapter_gate", "add_norm", "attention", "depthwise_conv_norm", "project_mean"}
         assert {op for op, names in found.items() if not names} <= eager_is_best | (
             set() if has_onednn() else {"depthwise_conv_gelu", "linear_gelu"}
         )

@@ -11,6 +11,7 @@ from mra_kernels.testing import make_inputs
 
 # By op: sizes with and without whole vectors of channels, whole and cut tiles.
 SHAPES = {
+    "attention": [(2, 37, 70, 3, 40), (1, 4, 530, 1, 64), (1, 33, 9, 2, 5)],
     "depthwise_conv_gelu": [(2, 9, 11, 40), (1, 16, 24, 64)],
     "depthwise_conv_norm": [(2, 9, 11, 40), (1, 16, 24, 64)],
     "gated_resample_add": [(2, 8, 8, 8, 8, 24), (1, 12, 12, 5, 7, 33), (1, 4, 6, 8, 12, 16)],

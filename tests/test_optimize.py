@@ -127,13 +127,12 @@ class TestSameResults:
         assert relative_error(look(tower, pictures(2, side)), plain) < 1e-5
         assert report.plain.total() == 0
 
-    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("attention", ["eager", "sdpa", "mra_sdpa"])
     @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
     def test_attention_and_activation(self, attention: str, activation: str) -> None:
         config = make_tiny_config()
         config.vision_config.low_config.hidden_act = activation
         tower = build_model(config).model.vision_tower
-        tower.set_attn_implementation(attention)
         tower.config.low_config._attn_implementation = attention
         plain = look(tower, pictures(1))
         optimize(tower)

@@ -58,6 +58,7 @@ depthwise = st.tuples(batches, sides, sides, channels)
 DIMS: dict[str, st.SearchStrategy[tuple]] = {
     "adapter_gate": st.tuples(batches, channels, channels),
     "add_norm": st.tuples(leads, normed),
+    "attention": st.tuples(batches, st.integers(0, 40), st.integers(1, 90), st.integers(1, 3), st.integers(1, 70)),
     "depthwise_conv_gelu": depthwise,
     "depthwise_conv_norm": st.tuples(batches, sides, sides, normed),
     "gated_projection_add": st.tuples(leads, channels, channels, channels),

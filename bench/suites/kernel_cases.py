@@ -192,6 +192,12 @@ def _add_norm(op: str, tower: Tower) -> list[OpCase]:
     return [OpCase(op, VIT, "layer", f"{grid}x{grid}x{width}", ((grid * grid,), width), 1e-5)]
 
 
+def _attention(op: str, tower: Tower) -> list[OpCase]:
+    """Of the ViT, all tokens to all."""
+    tokens, heads, channels = tower.grid**2, tower.heads, tower.width // tower.heads
+    return [OpCase(op, VIT, "layer", f"{tokens}x{heads}x{channels}", (tokens, tokens, heads, channels))]
+
+
 def _adapter_gate(op: str, tower: Tower) -> list[OpCase]:
     return [OpCase(op, VIT, "adapter", f"{tower.width}", (tower.width, tower.width // 2))]
 
@@ -208,6 +214,7 @@ def _project_mean(op: str, tower: Tower) -> list[OpCase]:
 _CASES: dict[str, Callable[[str, Tower], list[OpCase]]] = {
     "adapter_gate": _adapter_gate,
     "add_norm": _add_norm,
+    "attention": _attention,
     "depthwise_conv_gelu": _depthwise_conv_gelu,
     "depthwise_conv_norm": _stages,
     "gated_projection_add": _gated_projection_add,

@@ -31,6 +31,9 @@ PER_PICTURE = frozenset(
         "hidden_mean",
         "base_mean",
         "gate",
+        "query",
+        "key",
+        "value",
         "output",
     )
 )

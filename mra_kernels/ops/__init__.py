@@ -1,8 +1,9 @@
-"""The eleven ops: a public function each, registered as `torch.ops.mra.<op>` with shapes, gradients and backends."""
+"""The twelve ops: a public function each, registered as `torch.ops.mra.<op>` with shapes, gradients and backends."""
 
 from mra_kernels.ops._operator import REGISTRY as OPS
 from mra_kernels.ops.adapter_gate import adapter_gate
 from mra_kernels.ops.add_norm import add_norm
+from mra_kernels.ops.attention import attention
 from mra_kernels.ops.depthwise_conv_gelu import depthwise_conv_gelu
 from mra_kernels.ops.depthwise_conv_norm import depthwise_conv_norm
 from mra_kernels.ops.gated_projection_add import gated_projection_add
@@ -17,6 +18,7 @@ __all__ = [
     "OPS",
     "adapter_gate",
     "add_norm",
+    "attention",
     "depthwise_conv_gelu",
     "depthwise_conv_norm",
     "gated_projection_add",

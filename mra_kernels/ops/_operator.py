@@ -1,4 +1,4 @@
-"""What the eleven ops share: registration with PyTorch, argument checks, autocast, differentiation.
+"""What the twelve ops share: registration with PyTorch, argument checks, autocast, differentiation.
 
 An op is declared by two schemas. Autograd follows from their names: an argument of the backward schema that is called
 like an input or output of the forward is saved for it, `grad_<output>` is that output's gradient, and each
