@@ -52,9 +52,8 @@ struct Forward {
       const int64_t l = first + i;
       T* y = static_cast<T*>(a.y) + ((b * a.queries + l) * a.heads + h) * a.channels;
       const float share = 1 / total[i];
-      for_each_vector(a.channels, [&](int64_t c, int64_t lanes) {
-        store_first(y + c, load(sums + i * width + c) * share, lanes);
-      });
+      for_each_vector(a.channels,
+                      [&](int64_t c, int64_t lanes) { store_first(y + c, load(sums + i * width + c) * share, lanes); });
       a.logsumexp[(b * a.heads + h) * a.queries + l] = maximum[i] + logf(total[i]);
     }
   }

@@ -50,14 +50,16 @@ inline void pack_rows(const HeadRows<T>& rows, float* units) {
   }
 }
 
-// -> the same as panels of columns: [count / kSumLanes, row_units, kSumLanes], the right side of products over channels.
-// Columns after the last row are zero.
+// -> the same as panels of columns: [count / kSumLanes, row_units, kSumLanes], the right side of products over
+// channels. Columns after the last row are zero.
 template <class T>
 inline void pack_columns(const HeadRows<T>& rows, float* row, float* panels) {
   const int64_t units = row_units<T>(rows.channels);
   for (int64_t i = 0; i < round_up(rows.count, kSumLanes); ++i) {
-    if (i < rows.count) pack_rows(rows.from(i, 1), row);
-    else std::memset(row, 0, units * sizeof(float));
+    if (i < rows.count)
+      pack_rows(rows.from(i, 1), row);
+    else
+      std::memset(row, 0, units * sizeof(float));
     float* column = panels + i / kSumLanes * kSumLanes * units + i % kSumLanes;
     for (int64_t k = 0; k < units; ++k) column[k * kSumLanes] = row[k];
   }
@@ -84,8 +86,7 @@ inline void score(const float* rows, int64_t count, const float* panels, int64_t
   for_each_run(round_up(columns, kLanes), [&](int64_t j, auto vectors) {
     for (int64_t i = 0; i < count; i += kSumRows) {
       multiply<T, vectors.value>(
-          rows + i * units, units, 1, panels + (first + j) * units, kSumLanes, units,
-          [](int, int) { return Floats{}; },
+          rows + i * units, units, 1, panels + (first + j) * units, kSumLanes, units, [](int, int) { return Floats{}; },
           [&](int row, int v, Floats sum) { store(products + (i + row) * kBlockKeys + j + v * kLanes, scale * sum); });
     }
   });

@@ -4,9 +4,9 @@
 // grad_value = p^T grad_y, grad_score = p * (grad_y value^T - d), grad_query = scale * grad_score key and
 // grad_key = scale * grad_score^T query (Dao et al. 2022, algorithm 4).
 //
-// Work: a head of a picture to a task, which alone sums its gradients, in the order of queries. Blocks of queries against
-// blocks of keys, as in forward. p and grad_score are rounded to bfloat16 before they are multiplied, as PyTorch's are.
-// Work per score: 10 * D FLOPs and one exponential; bound by arithmetic.
+// Work: a head of a picture to a task, which alone sums its gradients, in the order of queries. Blocks of queries
+// against blocks of keys, as in forward. p and grad_score are rounded to bfloat16 before they are multiplied, as
+// PyTorch's are. Work per score: 10 * D FLOPs and one exponential; bound by arithmetic.
 #include <initializer_list>
 
 #include "cpu/attention.h"
@@ -24,19 +24,19 @@ struct Backward {
   const int64_t keys = round_up(a.keys, kSumLanes);
   float* const key = thread_buffer<Backward>(keys * (2 * units + width / kCount + 2 * width) +
                                              kBlockQueries * (2 * units + 2 * width / kCount + width) + 4 * kScores);
-  float* const value = key + keys * units;                              // panels, as key
-  float* const key_depths = value + keys * units;                       // [keys / kCount, width]
-  float* const grad_key = key_depths + keys / kCount * width;           // [keys, width]
-  float* const grad_value = grad_key + keys * width;                    // [keys, width]
-  float* const query = grad_value + keys * width;                       // [kBlockQueries, units]
-  float* const grad_y = query + kBlockQueries * units;                  // [kBlockQueries, units]
-  float* const query_depths = grad_y + kBlockQueries * units;           // [kBlockQueries / kCount, width]
+  float* const value = key + keys * units;                                   // panels, as key
+  float* const key_depths = value + keys * units;                            // [keys / kCount, width]
+  float* const grad_key = key_depths + keys / kCount * width;                // [keys, width]
+  float* const grad_value = grad_key + keys * width;                         // [keys, width]
+  float* const query = grad_value + keys * width;                            // [kBlockQueries, units]
+  float* const grad_y = query + kBlockQueries * units;                       // [kBlockQueries, units]
+  float* const query_depths = grad_y + kBlockQueries * units;                // [kBlockQueries / kCount, width]
   float* const grad_depths = query_depths + kBlockQueries / kCount * width;  // [kBlockQueries / kCount, width]
   float* const grad_query = grad_depths + kBlockQueries / kCount * width;    // [kBlockQueries, width]
-  float* const scores = grad_query + kBlockQueries * width;             // [kBlockQueries, kBlockKeys]
-  float* const grad_shares = scores + kScores;                          // [kBlockQueries, kBlockKeys]
-  float* const share_depths = grad_shares + kScores;                    // [kBlockQueries / kCount, kBlockKeys]
-  float* const score_depths = share_depths + kScores;                   // [kBlockQueries / kCount, kBlockKeys]
+  float* const scores = grad_query + kBlockQueries * width;                  // [kBlockQueries, kBlockKeys]
+  float* const grad_shares = scores + kScores;                               // [kBlockQueries, kBlockKeys]
+  float* const share_depths = grad_shares + kScores;                         // [kBlockQueries / kCount, kBlockKeys]
+  float* const score_depths = share_depths + kScores;                        // [kBlockQueries / kCount, kBlockKeys]
 
   void run(int64_t b, int64_t h) const {
     const auto key_rows = head_rows<T>(a.key, b, h, a.keys, a.key_stride, a.channels);
@@ -86,9 +86,8 @@ struct Backward {
 
   float dot(const T* x, const T* y) const {
     Floats products = {};
-    for_each_vector(a.channels, [&](int64_t c, int64_t lanes) {
-      products += load_first(x + c, lanes) * load_first(y + c, lanes);
-    });
+    for_each_vector(a.channels,
+                    [&](int64_t c, int64_t lanes) { products += load_first(x + c, lanes) * load_first(y + c, lanes); });
     return sum(products);
   }
 
