@@ -1,11 +1,12 @@
 """`attention`: what every op must do, blocks of queries and keys, scores far apart, and rows of one product."""
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
-from op_calls import Route, call, check, make_grad_outputs
+from op_calls import Route, call, check, make_grad_outputs, solve, threads
 from op_suite import OpSuite
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -96,6 +97,16 @@ class TestAttention(OpSuite):
         assert y[1, 34, 1].isnan().all()
         y[1, 34, 1] = 0
         assert y.isfinite().all()
+
+    def test_what_a_call_leaves_in_memory_reaches_no_other(self, kernel: Route) -> None:
+        """Threads keep their memory; 33 queries leave a block nearly empty, and one of a pair alone."""
+        with threads(1):
+            for name in ("query", "key", "value"):
+                inputs = self.make((1, 64, 70, 1, 20), kernel, seed=27)
+                inputs[name] = torch.full_like(inputs[name], math.nan)
+                solve(partial(call, self.op, kernel.backend), inputs, make_grad_outputs(self.op, inputs), [name])
+                inputs = self.make((1, 33, 67, 1, 17), kernel, seed=28)
+                check(self.op, kernel, inputs, make_grad_outputs(self.op, inputs))
 
     def test_infinite_scores_have_no_weight(self, kernel: Route) -> None:
         """A key at minus infinity is one that is masked."""

@@ -1,10 +1,10 @@
-// Attention over all keys: softmax(scale * query key^T) value of each head, and backward.
+// Attention over all keys: softmax(scale * query key^T) value of each head.
 //
 // Work: a head of a picture to a task, or some of its queries where there are more threads than heads. A task packs the
 // head's keys and values as `multiply` reads them. Then for each block of queries it goes over blocks of keys: their
 // scores, the exponentials beside the largest so far, and their share of the sum, which is scaled down where a larger
 // score comes (online softmax, Milakov & Gimelshein 2018; in blocks, Dao et al. 2022). Scores, sums and statistics are
-// float32; exponentials are rounded to bfloat16 before they are multiplied with values, as PyTorch's are.
+// float32; where pairs of bfloat16 are multiplied, exponentials are rounded to it first, as PyTorch's are.
 // Work per score: 4 * D FLOPs and one exponential; bound by arithmetic.
 #include "cpu/attention.h"
 
@@ -19,9 +19,10 @@ struct Forward {
   const AttentionForward& a;
   const int64_t units = row_units<T>(a.channels), width = padded(a.channels);
   const int64_t keys = round_up(a.keys, kSumLanes);
+  // Panels of columns.
   float* const key = thread_buffer<Forward>(keys * units + keys / Units<T>::kCount * width +
                                             kBlockQueries * (units + kBlockKeys + width));
-  float* const value = key + keys * units;
+  float* const value = key + keys * units;                       // [keys / Units::kCount, width]
   float* const query = value + keys / Units<T>::kCount * width;  // [kBlockQueries, units]
   float* const scores = query + kBlockQueries * units;           // [kBlockQueries, kBlockKeys]
   float* const sums = scores + kBlockQueries * kBlockKeys;       // [kBlockQueries, width]

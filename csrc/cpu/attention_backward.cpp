@@ -5,8 +5,8 @@
 // grad_key = scale * grad_score^T query (Dao et al. 2022, algorithm 4).
 //
 // Work: a head of a picture to a task, which alone sums its gradients, in the order of queries. Blocks of queries
-// against blocks of keys, as in forward. p and grad_score are rounded to bfloat16 before they are multiplied, as
-// PyTorch's are. Work per score: 10 * D FLOPs and one exponential; bound by arithmetic.
+// against blocks of keys, as in forward. Where pairs of bfloat16 are multiplied, p and grad_score are rounded to it
+// first, as PyTorch's are. Work per score: 10 * D FLOPs and one exponential; bound by arithmetic.
 #include <initializer_list>
 
 #include "cpu/attention.h"
@@ -22,6 +22,7 @@ struct Backward {
   const AttentionBackward& a;
   const int64_t units = row_units<T>(a.channels), width = padded(a.channels);
   const int64_t keys = round_up(a.keys, kSumLanes);
+  // Panels of columns.
   float* const key = thread_buffer<Backward>(keys * (2 * units + width / kCount + 2 * width) +
                                              kBlockQueries * (2 * units + 2 * width / kCount + width) + 4 * kScores);
   float* const value = key + keys * units;                                   // panels, as key
