@@ -19,6 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.suites.kernel_cases import BACKWARD, FORWARD, OpCase, as_list, meta_inputs, meta_outputs
+from mra_kernels.ops import OPS
 from mra_kernels.triton import _gemm
 
 # What the launchers ask of a GPU: multiprocessors, TMA, shared memory beyond 163 KB.
@@ -74,9 +75,14 @@ class _Driver:
 def launches(
     cases: Sequence[OpCase], dtypes: Sequence[torch.dtype], arch: int, batches: Sequence[int] = (1, 8)
 ) -> list[Launch]:
-    """Every kernel that the ops of `cases` launch, forward and backward, once in each specialisation."""
+    """Every kernel that the ops of `cases` launch, forward and backward, once in each specialisation.
+
+    An op that has a reason in place of a Triton backend launches none.
+    """
     found: dict[tuple[Any, Any], Launch] = {}
     for case in cases:
+        if isinstance(OPS[case.op].backends["triton"], str):
+            continue
         for dtype in dtypes:
             for batch in batches:
                 for direction in (FORWARD, BACKWARD):

@@ -198,7 +198,8 @@ class TestTriton:
         for op in OPS:
             found = launches(cases(op, [TINY]), [torch.bfloat16], 90, (1,))
             directions = {direction for launch in found for _, direction, _ in launch.users}
-            assert directions == {"forward", "backward"}, op
+            has_none = isinstance(OPS[op].backends["triton"], str)
+            assert directions == (set() if has_none else {"forward", "backward"}), op
 
     def test_architectures_differ_where_launchers_ask(self) -> None:
         from bench.launches import launches
