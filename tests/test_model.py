@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_tiny_config
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import mra_kernels
-from mra_model import LANGUAGE_MODEL_LORA, MraVisionModel, build_model
+from mra_model import LANGUAGE_MODEL_LORA, MraVisionModel, attention, build_model
 from mra_model.modeling_mra import MraAdapterLayer, MraConvNeXtBlock
 
 IMAGE = 640
@@ -304,6 +305,23 @@ def test_a_tower_built_directly_uses_the_fast_attention(tiny_config) -> None:
     tower = MraVisionModel(tiny_config.vision_config)
     assert tower.config._attn_implementation == "sdpa"
     assert tower.low.layers[0].self_attn.config._attn_implementation == "mra_sdpa"
+
+
+def test_the_vit_attends_by_our_op(tiny_model, monkeypatch) -> None:
+    """Once a layer, without a mask; with one, and with dropout, by PyTorch's."""
+    calls = []
+    monkeypatch.setattr(attention, "attention", lambda *given: calls.append(given) or mra_kernels.attention(*given))
+    features(tiny_model, pictures(1))
+    assert len(calls) == len(tiny_model.model.vision_tower.low.layers)
+    module = tiny_model.model.vision_tower.low.layers[0].self_attn
+    query, key, value = torch.randn(3, 2, 4, 9, 8).unbind()
+    mask = torch.rand(2, 1, 9, 9) < 0.7
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(attention.attend(module, query, key, value, mask, scaling=0.3)[0], expected)
+    assert attention.attend(module, query, key, value, None, dropout=1.0)[0].abs().max() == 0
+    assert len(calls) == len(tiny_model.model.vision_tower.low.layers)
+    plain = F.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(attention.attend(module, query, key, value, None, scaling=0.3)[0], plain)
 
 
 def test_lora_matches_only_the_language_model(tiny_model) -> None:

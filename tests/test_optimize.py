@@ -133,6 +133,7 @@ class TestSameResults:
         config = make_tiny_config()
         config.vision_config.low_config.hidden_act = activation
         tower = build_model(config).model.vision_tower
+        tower.set_attn_implementation(attention)
         tower.config.low_config._attn_implementation = attention
         plain = look(tower, pictures(1))
         optimize(tower)

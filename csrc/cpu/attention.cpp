@@ -1,6 +1,6 @@
 // Attention over all keys: softmax(scale * query key^T) value of each head.
 //
-// Work: a head of a picture to a task, or some of its queries where there are more threads than heads. A task packs the
+// Work: a head of a picture to a task, or some of its queries where heads are few for the threads. A task packs the
 // head's keys and values as `multiply` reads them. Then for each block of queries it goes over blocks of keys: their
 // scores, the exponentials beside the largest so far, and their share of the sum, which is scaled down where a larger
 // score comes (online softmax, Milakov & Gimelshein 2018; in blocks, Dao et al. 2022). Scores, sums and statistics are
@@ -47,7 +47,9 @@ struct Forward {
         mask(row, count);
         fade[i] = exponentials(row, count, &maximum[i], &total[i]);
       }
-      add_values(rows.count, begin, count, fade);
+      constexpr int kCount = Units<T>::kCount;
+      add_product<T>(scores, kBlockKeys, 1, value + begin / kCount * width, (count + kCount - 1) / kCount, rows.count,
+                     width, sums, [&](int64_t row) { return fade[row]; });
     }
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t l = first + i;
@@ -82,21 +84,6 @@ struct Forward {
     *maximum = next;
     *total = *total * fade + sum(sums);
     return fade;
-  }
-
-  // sums = fade * sums + exponentials value, over the keys of a block.
-  void add_values(int64_t rows, int64_t begin, int64_t count, const float* fade) const {
-    constexpr int kCount = Units<T>::kCount;
-    for_each_run(width, [&](int64_t c, auto vectors) {
-      for (int64_t i = 0; i < rows; i += kSumRows) {
-        float* out = sums + i * width + c;
-        multiply<T, vectors.value>(
-            scores + i * kBlockKeys, kBlockKeys, 1, value + begin / kCount * width + c, width,
-            (count + kCount - 1) / kCount,
-            [&](int row, int v) { return fade[i + row] * load(out + row * width + v * kLanes); },
-            [&](int row, int v, Floats sum) { store(out + row * width + v * kLanes, sum); });
-      }
-    });
   }
 };
 

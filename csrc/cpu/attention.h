@@ -85,9 +85,25 @@ inline void score(const float* rows, int64_t count, const float* panels, int64_t
                   float scale, float* products) {
   for_each_run(round_up(columns, kLanes), [&](int64_t j, auto vectors) {
     for (int64_t i = 0; i < count; i += kSumRows) {
-      multiply<T, vectors.value>(
+      multiply<T, kSumRows, vectors.value>(
           rows + i * units, units, 1, panels + (first + j) * units, kSumLanes, units, [](int, int) { return Floats{}; },
           [&](int row, int v, Floats sum) { store(products + (i + row) * kBlockKeys + j + v * kLanes, scale * sum); });
+    }
+  });
+}
+
+// sums = factor(row) * sums + left right; left: [rows, depths] units, right: [depths, width] units, sums: [rows,
+// width].
+template <class T, class Factor>
+inline void add_product(const float* left, int64_t row_stride, int64_t depth_stride, const float* right, int64_t depths,
+                        int64_t rows, int64_t width, float* sums, Factor factor) {
+  for_each_run(width, [&](int64_t c, auto vectors) {
+    for (int64_t i = 0; i < rows; i += kSumRows) {
+      float* out = sums + i * width + c;
+      multiply<T, kSumRows, vectors.value>(
+          left + i * row_stride, row_stride, depth_stride, right + c, width, depths,
+          [&](int row, int v) { return factor(i + row) * load(out + row * width + v * kLanes); },
+          [&](int row, int v, Floats sum) { store(out + row * width + v * kLanes, sum); });
     }
   });
 }

@@ -111,18 +111,10 @@ struct Backward {
     }
   }
 
-  // sums += left right; left: [rows, depths] units, right: [depths, width] units, sums: [rows, width].
+  // sums += left right.
   void add(const float* left, int64_t row_stride, int64_t depth_stride, const float* right, int64_t depths,
            int64_t rows, float* sums) const {
-    for_each_run(width, [&](int64_t c, auto vectors) {
-      for (int64_t i = 0; i < rows; i += kSumRows) {
-        float* out = sums + i * width + c;
-        multiply<T, vectors.value>(
-            left + i * row_stride, row_stride, depth_stride, right + c, width, depths,
-            [&](int row, int v) { return load(out + row * width + v * kLanes); },
-            [&](int row, int v, Floats sum) { store(out + row * width + v * kLanes, sum); });
-      }
-    });
+    add_product<T>(left, row_stride, depth_stride, right, depths, rows, width, sums, [](int64_t) { return 1.0f; });
   }
 
   // sums: [rows, width] -> grad: [B, count, H, D], from row `first` on.

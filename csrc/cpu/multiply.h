@@ -8,7 +8,8 @@
 
 namespace mra::cpu::MRA_ISA {
 
-// The sums of one step: rows, and vectors of columns. They and the vectors they are made of fill the registers.
+// The sums of one step, where there are many: rows, and vectors of columns. They and the vectors they are made of fill
+// the registers.
 constexpr int kSumRows = 4;
 constexpr int kSumVectors = kLanes == 16 ? 4 : 2;
 constexpr int kSumLanes = kSumVectors * kLanes;
@@ -54,16 +55,15 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-// Sums of kSumRows rows and kVectors vectors of columns: they begin with start(row, vector) and end in
-// finish(row, vector, sum).
-// a: units of the rows, a row's `row_stride` and a depth's `depth_stride` apart; b: units of the columns, a depth's
-// `columns` apart.
-template <class T, int kVectors, class Start, class Finish>
+// Sums of kRows rows, at most 8, and kVectors vectors of columns, at most 4: they begin with start(row, vector) and end
+// in finish(row, vector, sum). a: units of the rows, a row's `row_stride` and a depth's `depth_stride` apart; b: units
+// of the columns, a depth's `columns` apart.
+template <class T, int kRows, int kVectors, class Start, class Finish>
 inline void multiply(const float* a, int64_t row_stride, int64_t depth_stride, const float* b, int64_t columns,
                      int64_t depths, Start start, Finish finish) {
-  Floats sums[kSumRows][kVectors];
-#pragma GCC unroll 4
-  for (int row = 0; row < kSumRows; ++row) {
+  Floats sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[row][v] = start(row, v);
   }
@@ -71,16 +71,16 @@ inline void multiply(const float* a, int64_t row_stride, int64_t depth_stride, c
     Floats column[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) column[v] = load(b + k * columns + v * kLanes);
-#pragma GCC unroll 4
-    for (int row = 0; row < kSumRows; ++row) {
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         sums[row][v] = Units<T>::multiply_add(sums[row][v], a + row * row_stride + k * depth_stride, column[v]);
       }
     }
   }
-#pragma GCC unroll 4
-  for (int row = 0; row < kSumRows; ++row) {
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) finish(row, v, sums[row][v]);
   }

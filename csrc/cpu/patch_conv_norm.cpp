@@ -9,6 +9,7 @@
 //
 // Backward gets the convolution's output; the convolution's own gradients are matrix products, the library's.
 #include "cpu/layer_norm.h"
+#include "cpu/multiply.h"
 #include "cpu/sums.h"
 
 namespace mra::cpu::MRA_ISA {
@@ -46,33 +47,6 @@ inline void gather(const PatchConvNormForward& a, int64_t b, int64_t y, int64_t 
   }
 }
 
-// rows: [K, kPixels], weight: [K, kGroup], bias: [kGroup] -> out: kPixels rows of kGroup, `stride` apart.
-inline void multiply(const float* rows, const float* weight, const float* bias, int64_t depth, int64_t stride,
-                     float* out) {
-  Floats acc[kPixels][kVectors];
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < kPixels; ++i) {
-#pragma GCC unroll 2
-    for (int64_t v = 0; v < kVectors; ++v) acc[i][v] = load(bias + v * kLanes);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    Floats w[kVectors];
-#pragma GCC unroll 2
-    for (int64_t v = 0; v < kVectors; ++v) w[v] = load(weight + k * kGroup + v * kLanes);
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kPixels; ++i) {
-      const Floats x = broadcast(rows[k * kPixels + i]);
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < kVectors; ++v) acc[i][v] += x * w[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < kPixels; ++i) {
-#pragma GCC unroll 2
-    for (int64_t v = 0; v < kVectors; ++v) store(out + i * stride + v * kLanes, acc[i][v]);
-  }
-}
-
 template <class T>
 void forward(const PatchConvNormForward& a) {
   const int64_t grid_y = a.height / a.patch, grid_x = a.width / a.patch;
@@ -94,7 +68,10 @@ void forward(const PatchConvNormForward& a) {
       const int64_t count = smaller(kPixels, grid_x - x);
       gather<T>(a, row / grid_y, row % grid_y, x, count, rows);
       for (int64_t c = 0; c < padded; c += kGroup)
-        multiply(rows, weight + c * depth, bias + c, depth, padded, conv + c);
+        multiply<float, kPixels, kVectors>(
+            rows, 1, kPixels, weight + c * depth, kGroup, depth,
+            [&](int, int v) { return load(bias + c + v * kLanes); },
+            [&](int i, int v, Floats sum) { store(conv + i * padded + c + v * kLanes, sum); });
       Statistics s[kPixels];
       row_statistics(conv, count, padded, kLanes, a.channels, a.eps, s);
       for (int64_t i = 0; i < count; ++i) {
